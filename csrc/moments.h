@@ -1,0 +1,34 @@
+// Mean and sum of squared deviations, merged without cancellation.
+#pragma once
+
+#include "common.h"
+
+namespace gradamp {
+
+struct Moments {
+  double count = 0.0;
+  double mean = 0.0;
+  double m2 = 0.0;  // sum of (x - mean)^2
+};
+
+// Moments of `count` values x from the sums of d = x - shift.
+GRADAMP_HD Moments shifted_moments(double count, double shift, double sum_d, double sum_d2) {
+  const double mean_d = sum_d / count;
+  const double m2 = sum_d2 - sum_d * mean_d;
+  return {count, shift + mean_d, m2 < 0.0 ? 0.0 : m2};
+}
+
+// Chan, Golub and LeVeque's pairwise update; a NaN or Inf on either side survives.
+GRADAMP_HD Moments merge(const Moments& a, const Moments& b) {
+  if (a.count == 0.0) return b;
+  if (b.count == 0.0) return a;
+  const double count = a.count + b.count;
+  const double delta = b.mean - a.mean;
+  const double share = b.count / count;
+  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+}
+
+// Sum of x^2.
+GRADAMP_HD double energy(const Moments& m) { return m.m2 + m.count * m.mean * m.mean; }
+
+}  // namespace gradamp

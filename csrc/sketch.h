@@ -1,0 +1,57 @@
+// The sketch: signed sums over runs of consecutive elements, and their running means.
+#pragma once
+
+#include "common.h"
+
+namespace gradamp {
+
+// Buckets hold 2^bucket_log2(n) consecutive elements of a tensor of n elements.
+GRADAMP_HD int bucket_log2(int64_t n) { return n < 4096 ? 0 : n < 131072 ? 4 : 9; }
+
+GRADAMP_HD int64_t bucket_count(int64_t n) {
+  const int shift = bucket_log2(n);
+  return (n + (int64_t{1} << shift) - 1) >> shift;
+}
+
+// Bit (i mod 32) of sign_word(i / 32) set means that element i enters with a minus.
+// The word is MurmurHash3's 32-bit finaliser.
+GRADAMP_HD uint32_t sign_word(uint32_t word) {
+  word ^= word >> 16;
+  word *= 0x85ebca6bu;
+  word ^= word >> 13;
+  word *= 0xc2b2ae35u;
+  word ^= word >> 16;
+  return word;
+}
+
+GRADAMP_HD bool sign_is_minus(int64_t i) {
+  return (sign_word(static_cast<uint32_t>(i >> 5)) >> (i & 31)) & 1u;
+}
+
+// Sums over buckets: s is this step's bucket, h its running mean before this step.
+struct SketchSums {
+  double power = 0.0;   // sum of s^2
+  double dot = 0.0;     // sum of s * h
+  double before = 0.0;  // sum of h^2
+  double after = 0.0;   // sum of h^2, h being the mean after this step
+};
+
+GRADAMP_HD void add(SketchSums& a, const SketchSums& b) {
+  a.power += b.power;
+  a.dot += b.dot;
+  a.before += b.before;
+  a.after += b.after;
+}
+
+// Folds one bucket in and returns its new running mean.
+GRADAMP_HD float update_bucket(float s, float h, double weight, SketchSums& sums) {
+  const double sd = s, hd = h;
+  const float next = static_cast<float>(hd + weight * (sd - hd));
+  sums.power += sd * sd;
+  sums.dot += sd * hd;
+  sums.before += hd * hd;
+  sums.after += static_cast<double>(next) * next;
+  return next;
+}
+
+}  // namespace gradamp
