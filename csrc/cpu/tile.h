@@ -1,0 +1,33 @@
+// The work on one tile of one gradient, compiled once for each instruction set.
+#pragma once
+
+#include "../common.h"
+#include "../moments.h"
+#include "../sketch.h"
+
+namespace gradamp::cpu {
+
+struct TileSums {
+  Moments moments;
+  SketchSums sketch;
+};
+
+struct MeasureTile {
+  const void* data;    // the tile's first element, at any address
+  DType dtype;
+  int64_t first;       // its index in the tensor, a multiple of 512
+  int64_t count;       // 1 ... kTileElements of step.h
+  int bucket_log2;
+  double inverse;      // what elements are multiplied by before they count
+  double weight;       // of this step in the running means
+  const float* means;  // of the tile's buckets, before this step; null: moments only
+  float* next_means;   // and after it
+};
+
+struct TileKernels {
+  TileSums (*measure)(const MeasureTile& tile);
+  // data[0 .. count) *= multiplier, computed in fp32 (fp64 for fp64) and rounded once.
+  void (*multiply)(void* data, DType dtype, int64_t count, double multiplier);
+};
+
+}  // namespace gradamp::cpu

@@ -1,0 +1,35 @@
+// What the torch side hands to a step. One engine serves one set of parameters on one device.
+#pragma once
+
+#include <cstdint>
+
+#include "common.h"
+#include "state.h"
+
+namespace gradamp {
+
+// Where the state lives; the addresses never change.
+struct StateView {
+  GlobalState* global;
+  LayerState* layers;
+  float* sketch;    // [2][buckets]
+  int64_t buckets;
+  int32_t* parity;  // [measured tensors]: the row that holds the tensor's running means
+};
+
+struct StepInputs {
+  void* const* gradients;   // one per tensor; null: no gradient this step
+  const DType* dtypes;
+  const float* grad_scale;  // null: 1
+  float* found_inf;         // null: not asked for
+  bool unscale;
+  uint8_t* written;         // out, one per tensor: the gradient may have been written
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+  virtual void step(const StepInputs& in) = 0;
+};
+
+}  // namespace gradamp

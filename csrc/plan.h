@@ -1,0 +1,60 @@
+// The torch side of a step: reads .grad from the parameters' Python objects, checks that
+// every gradient is of the usual kind, and hands the addresses to an engine.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "engine.h"
+#include "layout.h"
+
+namespace gradamp {
+
+// What a step did. kUnusual: nothing; Python looks closer, for it holds the rules of what
+// a gradient may be and the errors that name a parameter.
+enum class Outcome : int { kDone = 0, kEmpty = 1, kUnusual = 2 };
+
+class __attribute__((visibility("hidden"))) Plan {
+ public:
+  Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
+       const std::vector<int32_t>& layer, const std::vector<int64_t>& numel,
+       const std::vector<int64_t>& first_bucket, int64_t num_layers, const py::dict& options,
+       at::Tensor values, at::Tensor sketch, at::Tensor parity);
+
+  // Parameters whose byte in `only` is 0 count as having no gradient. Unless `walked`, a
+  // parameter that had a gradient on its last step and has none now is unusual.
+  Outcome step(const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf, bool unscale,
+               const std::optional<py::bytes>& only, bool walked);
+
+  // The same with flat dense gradients given, one for each parameter.
+  Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
+                         const std::optional<at::Tensor>& grad_scale,
+                         const std::optional<at::Tensor>& found_inf, bool unscale);
+
+ private:
+  Outcome collect(const char* only, bool walked);
+  // False: not a gradient that the engine can take as it is.
+  bool take(size_t index, const at::Tensor& gradient);
+  Outcome run(const std::optional<at::Tensor>& grad_scale,
+              const std::optional<at::Tensor>& found_inf, bool unscale);
+  void release();
+
+  std::vector<py::object> parameters_;
+  std::vector<py::object> watched_;
+  std::vector<int64_t> numel_;
+  std::vector<uint8_t> had_gradient_;
+  at::Tensor values_, sketch_, parity_;
+  std::unique_ptr<Engine> engine_;
+
+  // Of the step under way; the gradients are let go when it ends.
+  std::vector<at::Tensor> gradients_;
+  std::vector<void*> addresses_;
+  std::vector<DType> dtypes_;
+  std::vector<uint8_t> written_;
+};
+
+}  // namespace gradamp

@@ -1,0 +1,334 @@
+"""The definition of a step, in plain PyTorch and fp64.
+
+Every other backend computes what this file says. It runs on any device with fp64, never
+synchronises with the host, and also serves as the ``torch`` backend.
+
+The measures are this project's own reading of S. Basodi, K. Pusuluri, X. Xiao, Y. Pan,
+*Intelligent gradient amplification for deep neural networks* (arXiv 2305.18445), whose
+formulas are not public.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Options
+from .plan import Plan, Slot
+from .state import FIELDS, State
+
+
+# ---- the sketch ---------------------------------------------------------------------
+
+
+def signs(numel: int, device: torch.device) -> Tensor:
+    """Signs of elements 0 ... numel-1 of a tensor in memory order: int8 [numel], +1 or -1."""
+    capacity = 1 << max(numel - 1, 31).bit_length()
+    return _signs(capacity, device)[:numel]
+
+
+@functools.lru_cache(maxsize=4)
+def _signs(capacity: int, device: torch.device) -> Tensor:
+    """MurmurHash3's 32-bit finaliser of i // 32; bit i % 32 set means minus."""
+    word = torch.arange(capacity // 32, device=device)
+    word = word ^ (word >> 16)
+    word = (word * 0x85EBCA6B) & 0xFFFFFFFF
+    word = word ^ (word >> 13)
+    word = (word * 0xC2B2AE35) & 0xFFFFFFFF
+    word = word ^ (word >> 16)
+    bits = (word[:, None] >> torch.arange(32, device=device)) & 1
+    return (1 - 2 * bits).to(torch.int8).flatten()
+
+
+def bucket_sums(values: Tensor, bucket_log2: int) -> Tensor:
+    """Signed sums of runs of ``2**bucket_log2`` elements: [n] -> [buckets], the last run may be short."""
+    signed = values * signs(values.numel(), values.device)
+    length = 1 << bucket_log2
+    padding = -values.numel() % length
+    return torch.nn.functional.pad(signed, (0, padding)).view(-1, length).sum(dim=1)
+
+
+# ---- statistics ---------------------------------------------------------------------
+
+
+class Sums(NamedTuple):
+    """One step's statistics, one entry for each layer with a gradient: fp64 [layers]."""
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor  # sum of squared deviations from the mean
+    power: Tensor  # sum of s^2 over the buckets s
+    dot: Tensor  # sum of s * h, h being the bucket's running mean before this step
+    before: Tensor  # sum of h^2
+    after: Tensor  # sum of h^2 after this step
+
+    def finite(self) -> Tensor:
+        total = self.m2 + self.count * self.mean**2 + self.power + self.dot.abs() + self.after
+        return torch.isfinite(total).all()
+
+    def squares(self) -> Tensor:
+        """Sum of squared elements."""
+        return self.m2 + self.count * self.mean**2
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A device tensor that is copied from the host once, not once a step."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _moments(values: Tensor) -> Tensor:
+    """Count, mean and sum of squared deviations of an fp64 tensor: [3]."""
+    mean = values.mean()
+    count = _constant((float(values.numel()),), torch.float64, values.device).squeeze()
+    return torch.stack((count, mean, (values - mean).square().sum()))
+
+
+def _merge(moments: Sequence[Tensor]) -> Tensor:
+    """Moments of several sets together (Chan, Golub and LeVeque): k of [3] -> [3]."""
+    count, mean, m2 = torch.stack(tuple(moments)).unbind(1)
+    total = count.sum()
+    centre = (count * mean).sum() / total
+    return torch.stack((total, centre, m2.sum() + (count * (mean - centre).square()).sum()))
+
+
+def _measure(
+    slots: Sequence[tuple[Slot, Tensor, Tensor]], inverse: Tensor | float, weights: Tensor
+) -> tuple[Sums, list[Tensor]]:
+    """Statistics of the layers present, and every tensor's new running means.
+
+    ``slots`` holds (slot, flat gradient, running means h) ordered by layer; ``weights`` is
+    the weight of this step in the running means, for each layer of the plan.
+    """
+    moments: dict[int, list[Tensor]] = {}
+    sketches: dict[int, list[Tensor]] = {}
+    means: list[Tensor] = []
+    for slot, gradient, h in slots:
+        values = gradient.double() * inverse
+        s = bucket_sums(values, slot.bucket_log2).float().double()
+        h = h.double()
+        after = (h + weights[slot.layer] * (s - h)).float()
+        products = (s.square(), s * h, h.square(), after.double().square())
+        moments.setdefault(slot.layer, []).append(_moments(values))
+        sketches.setdefault(slot.layer, []).append(torch.stack([p.sum() for p in products]))
+        means.append(after)
+    rows = [
+        torch.cat((_merge(moments[layer]), torch.stack(sketches[layer]).sum(dim=0)))
+        for layer in moments
+    ]
+    table = torch.stack(rows) if rows else weights.new_zeros((0, len(Sums._fields)))
+    return Sums(*table.unbind(1)), means
+
+
+# ---- state update -------------------------------------------------------------------
+
+
+def _updated(rows: Tensor, sums: Sums, amplified: Tensor, decay: float) -> Tensor:
+    """The layers' state after a step: [layers, fields] -> [layers, fields]."""
+    old = dict(zip(FIELDS, rows.unbind(1), strict=True))
+    new = dict(old)
+    new["steps"] = old["steps"] + 1
+    new["weight_sum"] = 1 + decay * old["weight_sum"]
+    w = 1 / new["weight_sum"]
+
+    root = sums.power.sqrt() * sums.before.sqrt()
+    agreement = torch.where(root > 0, sums.dot / root, 0.0)
+    step_of_agreement = (agreement - old["agreement"]) / old["weight_sum"]
+    new["agreement"] = old["agreement"] + torch.where(old["steps"] >= 1, step_of_agreement, 0.0)
+
+    new["variance"] = old["variance"] + w * (sums.m2 / sums.count - old["variance"])
+    new["power"] = old["power"] + w * (sums.power - old["power"])
+    new["mean_power"] = sums.after
+    new["noise"] = (1 - w) ** 2 * old["noise"] + w**2 * sums.power
+    new["amplified_steps"] = old["amplified_steps"] + amplified
+    return torch.stack([new[name] for name in FIELDS], dim=1)
+
+
+# ---- score, threshold, selection ----------------------------------------------------
+
+
+def scores(layers: Tensor, measure: str) -> Tensor:
+    """The measure's value for each row of state: fp64 [layers, fields] -> [layers].
+
+    NaN where there is no score yet. Scores need two steps, "variance" one.
+    """
+    state = dict(zip(FIELDS, layers.unbind(1), strict=True))
+    if measure == "variance":
+        return torch.where(state["steps"] >= 1, state["variance"].log(), torch.nan)
+    if measure == "direction":
+        value = -state["agreement"]
+    else:
+        value = (state["noise"] / state["mean_power"]).log()
+    return torch.where(state["steps"] >= 2, value, torch.nan)
+
+
+def threshold(values: Tensor, options: Options) -> Tensor:
+    """tau over the scores that are not NaN: [layers] -> []; NaN if there are none."""
+    if not isinstance(options.threshold, str):
+        return torch.full_like(values.sum(), float(options.threshold))
+    eligible = ~values.isnan()
+    count = eligible.sum()
+    if options.threshold == "quantile":
+        ordered = torch.where(eligible, values, torch.inf).sort().values
+        share = 0.5 if options.quantile is None else options.quantile
+        position = share * (count - 1).clamp(min=0).double()
+        lower = position.floor().long()
+        upper = torch.minimum(lower + 1, (count - 1).clamp(min=0))
+        low, high = ordered.take(lower), ordered.take(upper)
+        tau = low + (position - lower) * (high - low)
+        return torch.where(count > 0, tau, torch.nan)
+    mean = torch.where(eligible, values, 0.0).sum() / count
+    if options.threshold == "mean":
+        return mean
+    spread = (torch.where(eligible, values - mean, 0.0).square().sum() / count).sqrt()
+    num_std = 1.0 if options.num_std is None else options.num_std
+    return mean - num_std * spread if options.select == "below" else mean + num_std * spread
+
+
+@torch.no_grad()
+def decide(state: State, options: Options, *, due: Tensor | None = None) -> None:
+    """Chooses anew which layers are amplified; with ``due`` (bool []), only where it is true."""
+    layers = state.layers
+    if layers.shape[0] == 0:
+        return
+    values = scores(layers, options.measure)
+    steps, selected = state.column("steps"), state.column("selected")
+    values = torch.where((steps >= options.min_steps) & values.isfinite(), values, torch.nan)
+    tau = threshold(values, options)
+    chosen = (values < tau if options.select == "below" else values > tau).double()
+    if due is not None:
+        chosen = torch.where(due, chosen, selected)
+        tau = torch.where(due, tau, state.scalar("threshold"))
+    changed_at = state.column("changed_at")
+    changed_at.copy_(torch.where(chosen != selected, state.scalar("step"), changed_at))
+    selected.copy_(chosen)
+    state.scalar("threshold").copy_(tau)
+
+
+# ---- schedule -----------------------------------------------------------------------
+
+
+def active_factor(state: State, options: Options) -> Tensor:
+    """What selected layers are multiplied by now: fp64 [], 1 outside all windows."""
+    factor = state.scalar("factor")
+    if options.schedule is None:
+        return factor
+    now = state.scalar(options.schedule.unit)
+    active = torch.ones_like(factor)
+    for start, stop, own in options.schedule.windows:
+        inside = (now >= start) & (now < stop)
+        active = torch.where(inside, factor if own is None else own, active)
+    return active
+
+
+# ---- the step -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def step(
+    plan: Plan,
+    state: State,
+    options: Options,
+    gradients: Sequence[Tensor | None],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    unscale: bool = True,
+) -> None:
+    """Measure, update the state, decide, multiply.
+
+    ``gradients`` holds a flat real tensor in memory order, or None, for each of
+    ``plan.slots``; they are multiplied in place. ``grad_scale`` and ``found_inf`` are
+    one-element fp32 tensors on the gradients' device; ``found_inf`` is set to 1 where a
+    non-finite gradient is found.
+    """
+    one = torch.ones_like(state.scalar("factor"))
+    inverse = one if grad_scale is None else 1 / grad_scale.double().reshape(())
+    halted = one == 0 if found_inf is None else found_inf.reshape(()) != 0
+    factor = active_factor(state, options).clone()
+    standing = state.column("selected").clone()
+    decay = 1.0 if options.decay is None else options.decay
+
+    measured = []
+    for index, (slot, gradient) in enumerate(zip(plan.slots, gradients, strict=True)):
+        if slot.layer >= 0 and gradient is not None and slot.numel > 0:
+            row = state.sketch.index_select(0, state.parity[index : index + 1])[0]
+            h = row[slot.first_bucket :][: -(-slot.numel >> slot.bucket_log2)]
+            measured.append((slot, gradient, h))
+    weights = 1 / (1 + decay * state.column("weight_sum"))
+    sums, means = _measure(measured, inverse, weights)
+    counted = sums.finite() & ~halted
+
+    present = _constant(
+        tuple(dict.fromkeys(slot.layer for slot, _, _ in measured)), torch.int64, one.device
+    )
+    rows = state.layers[present]
+    amplified = (standing[present] != 0) & (factor != 1)
+    updated = _updated(rows, sums, amplified if options.timing == "lagged" else one * 0, decay)
+    state.layers[present] = torch.where(counted, updated, rows)
+    for (slot, _, h), mean in zip(measured, means, strict=True):
+        both_rows = state.sketch[:, slot.first_bucket : slot.first_bucket + h.numel()]
+        both_rows.copy_(torch.where(counted, mean, h))
+
+    if options.refresh != "epoch":
+        number = state.scalar("step") - state.scalar("skipped_steps") + 1
+        decide(state, options, due=counted & (number % options.refresh == 0))
+    selected = standing
+    if options.timing == "exact":
+        selected = state.column("selected")
+        amplified = counted & (selected[present] != 0) & (factor != 1)
+        state.column("amplified_steps")[present] += amplified
+
+    multipliers = torch.where(selected != 0, factor, one)
+    if options.match_norm or options.max_norm is not None:
+        coefficient, norm = _norm(
+            plan, gradients, sums.squares(), multipliers[present], inverse, options
+        )
+        state.scalar("total_norm").copy_(torch.where(counted, norm, state.scalar("total_norm")))
+    else:
+        coefficient = one
+    if unscale:
+        coefficient = coefficient * inverse
+    for slot, gradient in zip(plan.slots, gradients, strict=True):
+        if gradient is not None:
+            multiplier = multipliers[slot.layer] if slot.layer >= 0 else one
+            _multiply(gradient, torch.where(counted, multiplier * coefficient, one))
+
+    state.scalar("step").add_(1)
+    state.scalar("skipped_steps").add_(~counted)
+    if found_inf is not None:
+        found_inf.copy_(torch.where(counted | halted, found_inf, torch.ones_like(found_inf)))
+
+
+def _norm(
+    plan: Plan,
+    gradients: Sequence[Tensor | None],
+    squares: Tensor,
+    multipliers: Tensor,
+    inverse: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """What every gradient is multiplied by on top, and the global norm before that."""
+    excluded = squares.new_zeros(())
+    for slot, gradient in zip(plan.slots, gradients, strict=True):
+        if slot.layer < 0 and gradient is not None:
+            excluded = excluded + (gradient.double() * inverse).square().sum()
+    before = squares.sum() + excluded
+    after = (multipliers.square() * squares).sum() + excluded
+    if options.match_norm:
+        return torch.where(after > 0, (before / after).sqrt(), 1.0), before.sqrt()
+    norm = after.sqrt()
+    assert options.max_norm is not None
+    return (options.max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+
+def _multiply(gradient: Tensor, multiplier: Tensor) -> None:
+    """Multiplies in place, rounding once to the gradient's dtype; bit for bit ``mul_``."""
+    precision = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    multiplier = multiplier.to(precision)
+    product = (gradient.to(precision) * multiplier).to(gradient.dtype)
+    gradient.copy_(torch.where(multiplier == 1, gradient, product))
