@@ -1,0 +1,79 @@
+"""Finds and loads the compiled part, ``gradamp_fast._C``; without one the package still works."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_BUILD_INFO = re.compile(rb"gradamp_fast build \{([^}]*)\}")
+
+
+def _binary() -> Path | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        if (path := _FOLDER / f"_C{suffix}").is_file():
+            return path
+    return None
+
+
+def built_with() -> dict[str, str]:
+    """What the binary was built with, without loading it; empty if there is no binary.
+
+    Keys: ``torch`` (such as ``"2.14.1+cu130"``), ``cuda`` (``"13.0"``, or ``""`` if it holds no
+    CUDA kernels), ``archs`` (``"8.0 9.0+PTX"``) and ``cxx`` (the compiler's version).
+    """
+    binary = _binary()
+    found = _BUILD_INFO.search(binary.read_bytes()) if binary else None
+    if found is None:
+        return {}
+    return dict(item.split("=", 1) for item in found[1].decode().split(";"))
+
+
+def _rebuild_command() -> str:
+    pip = f"{sys.executable} -m pip install --no-build-isolation --no-deps"
+    source = _FOLDER.parent
+    if (source / "setup.py").is_file() and (source / "CMakeLists.txt").is_file():
+        return f"{pip} -e {source}"
+    return f"{pip} --no-cache-dir --force-reinstall <the source folder of gradamp_fast>"
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    if _binary() is None:
+        return None, (
+            f"gradamp_fast has no compiled extension for Python {sys.version.split()[0]} in "
+            f"{_FOLDER}: it was installed without a C++ compiler, or before torch. "
+            f"Install both, then build it: {_rebuild_command()}"
+        )
+    torch_then = built_with().get("torch", "unknown")
+    builds = (
+        f"gradamp_fast's compiled extension was built with torch {torch_then}, and torch "
+        f"{torch.__version__} is running"
+    )
+    if _minor(torch_then) != _minor(torch.__version__):
+        return None, f"{builds}. Rebuild it: {_rebuild_command()}"
+    try:
+        return importlib.import_module("gradamp_fast._C"), None
+    except ImportError as error:
+        return None, f"{builds}; it does not load ({error}). Rebuild it: {_rebuild_command()}"
+
+
+def load() -> ModuleType | None:
+    """The compiled extension, or None if there is none for this torch; never raises."""
+    return _load()[0]
+
+
+def reason() -> str | None:
+    """Why ``load()`` returned None, with the command that mends it; None if it did not."""
+    return _load()[1]
