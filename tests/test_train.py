@@ -1,0 +1,196 @@
+"""bench's data, models and training, the demo's outcome, and the heat-map."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+pytest.importorskip("torchvision.version")
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    if torch.version.cuda is not None:
+        raise
+    # torchvision's registry wheel wants operators that it only has beside a CUDA build of torch.
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from bench import models, train
+from bench.data import DataMissing, load
+from gradamp_fast.plot import heatmap
+
+RECIPE = train.Recipe(arch="cnn", epochs=1, batch=32, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def fake():
+    return load("fake")
+
+
+# ---- data ---------------------------------------------------------------------------
+
+
+def test_batches_are_crops_of_the_padded_images(fake):
+    generator = torch.Generator().manual_seed(0)
+    images, labels = next(fake.train_batches(8, generator))
+    assert images.shape == (8, 3, 32, 32) and images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    pixels = (images.permute(0, 2, 3, 1) * fake.std + fake.mean).round().to(torch.uint8)
+    windows = fake.train_images.unfold(1, 32, 1).unfold(2, 32, 1).permute(0, 1, 2, 4, 5, 3)
+    for image, label in zip(pixels, labels, strict=True):
+        here = windows[fake.train_labels == label]
+        found = [(here == way).flatten(3).all(3).any() for way in (image, image.flip(1))]
+        assert any(found)
+
+
+def test_digits_keep_their_orientation():
+    digits = load("digits")
+    assert len(digits.train_labels) == 1437 and len(digits.test_labels) == 360
+    assert digits.classes == 10 and not digits.flip
+    images, _ = next(digits.test_batches(360))
+    assert images.shape == (360, 3, 8, 8)
+
+
+def test_an_archive_sorted_by_class_is_shuffled(tmp_path):
+    labels = numpy.arange(10).repeat(20)
+    images = numpy.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=numpy.uint8)
+    numpy.savez(
+        tmp_path / "cifar10.npz", x_train=images, y_train=labels[:, None],
+        x_test=images[:50], y_test=labels[:50],
+    )  # fmt: skip
+    data = load("cifar10", tmp_path)
+    assert data.train_images.shape == (200, 40, 40, 3) and data.test_images.shape == (50, 32, 32, 3)
+    assert torch.equal(data.test_images, torch.from_numpy(images[:50]))
+    batches = list(data.train_batches(50, torch.Generator().manual_seed(0)))
+    assert all(len(labels.unique()) > 5 for _, labels in batches)
+    assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [20] * 10
+
+
+def test_an_archive_of_another_make_is_refused(tmp_path):
+    numpy.savez(tmp_path / "cifar100.npz", x_train=numpy.zeros((2, 32, 32, 3)))
+    with pytest.raises(ValueError, match="has no y_train, x_test, y_test"):
+        load("cifar100", tmp_path)
+
+
+def test_a_missing_dataset_gives_one_line(tmp_path):
+    with pytest.raises(DataMissing, match="--download"):
+        load("cifar100", tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--data", "cifar10", "--root", str(tmp_path)])
+    line = str(stopped.value)
+    assert "\n" not in line and str(tmp_path) in line
+    assert "--download" in line and "cifar10.npz" in line
+
+
+# ---- models -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "millions"),
+    [("resnet18", 11.17), ("resnet34", 21.28), ("resnet50", 23.52), ("vgg19_bn", 20.04)],
+)
+def test_architectures_have_their_known_size(arch, millions):
+    with torch.device("meta"):
+        model = models.build(arch, 10)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize("arch", models.NAMES)
+def test_width_scales_every_architecture(arch, fake):
+    model = models.build(arch, 10, width=0.125)
+    images, _ = next(fake.test_batches(2))
+    assert model(images).shape == (2, 10)
+
+
+# ---- training -----------------------------------------------------------------------
+
+
+def test_the_rate_rises_and_falls():
+    recipe = train.Recipe(lr=0.4, warmup=0.25)
+    rates = [recipe.rate(step, 40) for step in range(40)]
+    assert rates[9] == pytest.approx(0.4) and max(rates) == pytest.approx(0.4)
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.02
+
+
+def test_measuring_alone_changes_nothing(fake):
+    plain = train.train(fake, RECIPE)
+    measured = train.train(fake, RECIPE, {"refresh": 1000, "backend": "torch"})
+    assert plain.epochs == measured.epochs and not plain.diverged
+    assert plain.history == [] and len(measured.history) == 1
+
+
+def test_amplified_training_reports_what_it_amplified(fake):
+    plain = train.train(fake, RECIPE)
+    options = {"min_steps": 2, "refresh": 4, "backend": "torch"}
+    amplified = train.train(fake, RECIPE, options)
+    (report,) = amplified.history
+    assert report.steps == 16 and report.skipped_steps == 0
+    assert any(layer.selected for layer in report.layers)
+    assert any(0 < layer.amplified_steps <= 12 for layer in report.layers)
+    assert amplified.epochs != plain.epochs and not amplified.diverged
+
+
+def test_a_diverged_run_ends_and_says_so(fake):
+    seen = []
+    recipe = train.Recipe(arch="cnn", epochs=50, batch=64, lr=1e8, warmup=0.0)
+    result = train.train(fake, recipe, on_epoch=lambda number, epoch: seen.append(number))
+    assert result.diverged and len(seen) == len(result.epochs) < 50
+
+
+def test_the_command_line_trains(capsys):
+    train.main(
+        "--data fake --arch cnn --width 0.5 --epochs 1 --lr 0.05 --backend torch --threshold 0.0"
+        " --min-steps 2 --refresh 2 --bf16 --device cpu".split()
+    )
+    printed = capsys.readouterr().out
+    assert "epoch 1/1" in printed and "accuracy" in printed
+    with pytest.raises(SystemExit, match="measure"):
+        train.main(["--data", "fake", "--arch", "cnn", "--measure", "fluctuations"])
+
+
+# ---- heat-map -----------------------------------------------------------------------
+
+
+def made_up_history(layers: int, epochs: int) -> list[SimpleNamespace]:
+    """Reports as `Amplifier.report()` gives them, as far as the heat-map reads them."""
+    return [
+        SimpleNamespace(
+            steps=20 * (epoch + 1),
+            skipped_steps=0,
+            layers=[
+                SimpleNamespace(
+                    name=f"block{layer // 8}.conv{layer % 8}",
+                    fluctuation=float("nan") if epoch == 0 else (layer - layers / 2) / layers,
+                    amplified_steps=10 * epoch * (layer % 2),
+                )
+                for layer in range(layers)
+            ],
+        )
+        for epoch in range(epochs)
+    ]
+
+
+@pytest.mark.parametrize(("layers", "epochs"), [(1, 1), (20, 15), (300, 4)])
+def test_the_heat_map_is_written(layers, epochs, tmp_path):
+    path = tmp_path / "map.png"
+    heatmap(made_up_history(layers, epochs), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_heat_map_needs_layers(tmp_path):
+    with pytest.raises(ValueError, match="history"):
+        heatmap([], tmp_path / "map.png")
+
+
+def test_the_heat_map_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"\[viz\]"):
+        heatmap(made_up_history(2, 2), tmp_path / "map.png")
