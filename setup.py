@@ -1,4 +1,4 @@
-"""Builds gradamp_fast/_C by running CMakeLists.txt, which decides everything; never imports torch."""
+"""Builds gradamp_fast/_C: runs CMake, where everything is decided; never imports torch."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def architectures(arch_list: str, supported: set[str]) -> list[str]:
         if not found:
             raise SystemExit(
                 f'TORCH_CUDA_ARCH_LIST: "{arch}" is not an architecture; write "9.0" or "9.0+PTX", '
-                f"several with \";\" between, or one of {', '.join(ARCH_NAMES)}"
+                f'several with ";" between, or one of {", ".join(ARCH_NAMES)}'
             )
         if found[1] + found[2] not in supported:
             raise SystemExit(

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 _FOLDER = Path(__file__).parent
-_BUILD_INFO = re.compile(rb"gradamp_fast build \{([^}]*)\}")
+_BUILD_INFO = re.compile(rb"gradamp_fast build \{\n(.*?)\n\}", re.DOTALL)
 
 
 def _binary() -> Path | None:
@@ -27,13 +27,14 @@ def built_with() -> dict[str, str]:
     """What the binary was built with, without loading it; empty if there is no binary.
 
     Keys: ``torch`` (such as ``"2.14.1+cu130"``), ``cuda`` (``"13.0"``, or ``""`` if it holds no
-    CUDA kernels), ``archs`` (``"8.0 9.0+PTX"``) and ``cxx`` (the compiler's version).
+    CUDA kernels), ``archs`` (``"8.0 9.0+PTX"``), ``cxx`` (the compiler) and ``summary`` (what was
+    built, and why no more than that: pip does not show what the build says).
     """
     binary = _binary()
     found = _BUILD_INFO.search(binary.read_bytes()) if binary else None
     if found is None:
         return {}
-    return dict(item.split("=", 1) for item in found[1].decode().split(";"))
+    return dict(item.split("=", 1) for item in found[1].decode().splitlines())
 
 
 def _rebuild_command() -> str:
