@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def watch(
     label: str, steps: int, epochs: int
 ) -> Iterator[tuple[Callable[[], None], Callable[[int, Epoch], None]]]:
-    """Shows one run of `steps` steps; yields the `on_step` and `on_epoch` of `bench.train.train`."""
+    """Shows one run of `steps` steps; yields `on_step` and `on_epoch` for `bench.train`."""
     console = Console()
     columns = (
         TextColumn("{task.description:<10}"),

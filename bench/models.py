@@ -50,7 +50,7 @@ class SmallImageVGG(nn.Module):
         for module in self.features:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """fp32 [N, 3, H, W] to logits [N, classes]."""

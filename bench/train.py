@@ -98,7 +98,7 @@ def train(
     device = data.device
     torch.manual_seed(recipe.seed)
     model = models.build(recipe.arch, data.classes, recipe.width)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,

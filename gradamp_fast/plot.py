@@ -75,7 +75,7 @@ def _canvas(rows: int, columns: int) -> tuple[Figure, Axes, Axes]:
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError(
-            "gradamp_fast.plot needs matplotlib: pip install 'gradamp-fast[viz]'"
+            "gradamp_fast.plot needs matplotlib: pip install 'gradamp_fast[viz]'"
         ) from error
     row = min(max(14.0 / rows, 0.1), 0.24)  # inches
     column = min(max(12.0 / columns, 0.06), 0.32)
@@ -148,8 +148,8 @@ def _marks(figure: Figure, axes: Axes, share: Tensor, title: str | None) -> None
     )
     figure.draw_without_rendering()
     rows, columns = share.shape
-    size = axes.get_window_extent().size / figure.dpi * 72  # points
-    diameter = MARK * min(size[0] / columns, size[1] / rows)
+    extent = axes.get_window_extent()
+    diameter = MARK * min(extent.width / columns, extent.height / rows) / figure.dpi * 72  # points
     row, column = share.nonzero(as_tuple=True)
     area = diameter**2 * share[row, column]
     axes.scatter(
