@@ -31,7 +31,7 @@ pytest: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: build
-	$(BIN)/python bench/demo.py
+	$(BIN)/python -m bench.demo
 
 bench: build
 	$(BIN)/python -m bench
