@@ -1,0 +1,243 @@
+"""One step of amplification in slow, obvious fp64: the tests' own reading of the rules.
+
+Nothing here is shared with the library. Gradients are fp64 numpy vectors in memory order,
+keyed by parameter name; a complex gradient is given as its interleaved reals.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Vector = np.ndarray
+
+
+def murmur_finaliser(x: int) -> int:
+    """MurmurHash3's 32-bit finaliser."""
+    x ^= x >> 16
+    x = x * 0x85EBCA6B & 0xFFFFFFFF
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+def sign(i: int) -> int:
+    return -1 if murmur_finaliser(i // 32) >> (i % 32) & 1 else 1
+
+
+@functools.cache
+def signs(n: int) -> Vector:
+    words = [murmur_finaliser(word) for word in range(n // 32 + 1)]
+    return np.array([-1.0 if words[i // 32] >> (i % 32) & 1 else 1.0 for i in range(n)])
+
+
+def bucket_length(n: int) -> int:
+    if n < 4096:
+        return 1
+    return 16 if n < 131072 else 512
+
+
+def bucket_sums(g: Vector) -> Vector:
+    signed = signs(g.size) * g
+    length = bucket_length(g.size)
+    if length == 1:
+        return signed
+    return np.array([signed[i : i + length].sum() for i in range(0, g.size, length)])
+
+
+@dataclass
+class Layer:
+    """What the steps so far left behind for one layer."""
+
+    parameters: list[str]
+    k: int = 0
+    V: float = 0.0
+    Q: float = 0.0
+    D: float = 0.0
+    F: float = 0.0
+    R: float = 0.0
+    selected: bool = False
+    means: dict[str, Vector] = field(default_factory=dict)  # fp32, one entry a bucket
+
+    def restart(self) -> None:
+        self.k = 0
+        self.V = self.Q = self.D = self.F = self.R = 0.0
+        self.means.clear()
+
+
+class Oracle:
+    """``layers`` maps a layer's name to its parameters' names; ``excluded`` lists the rest."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, Sequence[str]],
+        excluded: Sequence[str] = (),
+        *,
+        factor: float = 2.0,
+        measure: str = "fluctuation",
+        threshold: str | float = "mean",
+        select: str = "below",
+        num_std: float = 1.0,
+        quantile: float = 0.5,
+        decay: float | None = 0.99,
+        min_steps: int = 100,
+        refresh: int | str = 100,
+        windows: Sequence[tuple] | None = None,
+        unit: str = "epoch",
+        timing: str = "lagged",
+        match_norm: bool = False,
+        max_norm: float | None = None,
+    ) -> None:
+        self.layers = {name: Layer(list(parameters)) for name, parameters in layers.items()}
+        self.excluded = list(excluded)
+        self.factor, self.measure, self.select = factor, measure, select
+        self.threshold, self.num_std, self.quantile = threshold, num_std, quantile
+        self.decay, self.min_steps, self.refresh = decay, min_steps, refresh
+        self.windows, self.unit, self.timing = windows, unit, timing
+        self.match_norm, self.max_norm = match_norm, max_norm
+        self.steps = self.skipped_steps = 0
+        self.epoch = -1
+        self.tau = math.nan
+        self.ruling: dict[str, bool] = {}  # the answer to take where a score is all but tau
+        self.total_norm = math.nan
+
+    # ---- statistics and state -------------------------------------------------------
+
+    def weight(self, k: int) -> float:
+        if self.decay is None:
+            return 1 / k
+        return (1 - self.decay) / (1 - self.decay**k)
+
+    def update(self, layer: Layer, gradients: Mapping[str, Vector]) -> None:
+        everything = np.concatenate([gradients[name] for name in gradients])
+        mean = everything.sum() / everything.size
+        v = np.square(everything - mean).sum() / everything.size
+        sums = {name: bucket_sums(g) for name, g in gradients.items()}
+        zeros = {name: np.zeros(s.size, np.float32) for name, s in sums.items()}
+        old = {name: layer.means.get(name, zeros[name]).astype(np.float64) for name in sums}
+
+        layer.k += 1
+        w = self.weight(layer.k)
+        q = sum(np.square(s).sum() for s in sums.values())
+        layer.V += w * (v - layer.V)
+        layer.Q += w * (q - layer.Q)
+        if layer.k >= 2:
+            root = math.sqrt(q) * math.sqrt(sum(np.square(h).sum() for h in old.values()))
+            dot = sum((sums[name] * old[name]).sum() for name in sums)
+            layer.D += self.weight(layer.k - 1) * ((dot / root if root else 0.0) - layer.D)
+        for name, s in sums.items():
+            layer.means[name] = (old[name] + w * (s - old[name])).astype(np.float32)
+        layer.R = sum(np.square(layer.means[name].astype(np.float64)).sum() for name in sums)
+        layer.F = (1 - w) ** 2 * layer.F + w**2 * q
+
+    # ---- decision -------------------------------------------------------------------
+
+    def score(self, name: str) -> float:
+        layer = self.layers[name]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if self.measure == "variance":
+                return float(np.log(layer.V)) if layer.k >= 1 else math.nan
+            if layer.k < 2:
+                return math.nan
+            if self.measure == "direction":
+                return -layer.D
+            return float(np.log(np.float64(layer.F) / np.float64(layer.R)))
+
+    def eligible(self) -> dict[str, float]:
+        scores = {n: self.score(n) for n in self.layers if self.layers[n].k >= self.min_steps}
+        return {name: score for name, score in scores.items() if math.isfinite(score)}
+
+    def decide(self) -> None:
+        scores = self.eligible()
+        values = np.array(list(scores.values()))
+        if not isinstance(self.threshold, str):
+            self.tau = float(self.threshold)
+        elif not scores:
+            self.tau = math.nan
+        elif self.threshold == "mean":
+            self.tau = float(values.mean())
+        elif self.threshold == "std":
+            away = self.num_std * float(values.std())
+            self.tau = float(values.mean()) + (-away if self.select == "below" else away)
+        else:
+            self.tau = float(np.quantile(values, self.quantile))
+        for name, layer in self.layers.items():
+            score = scores.get(name, math.nan)
+            layer.selected = score < self.tau if self.select == "below" else score > self.tau
+            if abs(score - self.tau) < 1e-4 * max(1.0, abs(self.tau)):
+                layer.selected = self.ruling.get(name, layer.selected)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch == self.epoch:
+            return
+        self.epoch = epoch
+        if self.refresh == "epoch":
+            self.decide()
+            if self.decay is None:
+                for layer in self.layers.values():
+                    layer.restart()
+
+    def active_factor(self) -> float:
+        if self.windows is None:
+            return self.factor
+        now = self.epoch if self.unit == "epoch" else self.steps
+        for start, stop, *own in self.windows:
+            if start <= now < stop:
+                return own[0] if own else self.factor
+        return 1.0
+
+    # ---- the step -------------------------------------------------------------------
+
+    def step(
+        self,
+        gradients: Mapping[str, Vector],
+        *,
+        grad_scale: float | None = None,
+        found_inf: bool = False,
+        unscale: bool = True,
+    ) -> dict[str, float] | None:
+        """What each gradient given is multiplied by, before rounding; None: a skipped step."""
+        if not gradients:
+            return {}
+        inverse = 1.0 if grad_scale is None else 1 / grad_scale
+        true = {name: g * inverse for name, g in gradients.items()}
+        present = {
+            layer: {name: true[name] for name in state.parameters if name in true}
+            for layer, state in self.layers.items()
+        }
+        present = {n: of for n, of in present.items() if sum(g.size for g in of.values())}
+        finite = all(np.isfinite(g).all() for of in present.values() for g in of.values())
+        factor = self.active_factor()
+        standing = {name for name, layer in self.layers.items() if layer.selected}
+        self.steps += 1
+        if found_inf or not finite:
+            self.skipped_steps += 1
+            return None
+
+        for name, of in present.items():
+            self.update(self.layers[name], of)
+        counted = self.steps - self.skipped_steps
+        if self.refresh != "epoch" and counted % self.refresh == 0:
+            self.decide()
+        if self.timing == "exact":
+            standing = {name for name, layer in self.layers.items() if layer.selected}
+
+        chosen = {name for layer in standing for name in self.layers[layer].parameters}
+        multipliers = {name: factor if name in chosen else 1.0 for name in true}
+        coefficient = self.rescale(true, multipliers)
+        rest = inverse if unscale else 1.0
+        return {name: m * coefficient * rest for name, m in multipliers.items()}
+
+    def rescale(self, true: Mapping[str, Vector], multipliers: Mapping[str, float]) -> float:
+        before = math.sqrt(sum(np.square(g).sum() for g in true.values()))
+        after = math.sqrt(sum(multipliers[n] ** 2 * np.square(g).sum() for n, g in true.items()))
+        if self.match_norm:
+            return before / after if after else 1.0
+        if self.max_norm is not None:
+            self.total_norm = after
+            return min(1.0, self.max_norm / (after + 1e-6))
+        return 1.0
