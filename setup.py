@@ -63,7 +63,6 @@ class CMakeBuild(build_ext):
         if built.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(built, target)
-        print((folder / "summary.txt").read_text(), end="", file=sys.stderr)
 
 
 # Optional: without a C++ compiler there is no binary, and the package works without one.
