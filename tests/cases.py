@@ -104,7 +104,7 @@ def bare(
                 module.add_module(part, Bare())
             module = module._modules[part]  # type: ignore[assignment]
         of = dtype[name] if isinstance(dtype, Mapping) else dtype
-        setattr(module, leaf, nn.Parameter(torch.zeros(*shape, dtype=of, device=device)))
+        setattr(module, leaf, nn.Parameter(torch.zeros(tuple(shape), dtype=of, device=device)))
     return model
 
 
@@ -133,9 +133,9 @@ def layers_of(names: Sequence[str]) -> dict[str, list[str]]:
 def normal(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Standard normal values on the CPU, drawn in fp64 and rounded once."""
     if dtype.is_complex:
-        pairs = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
+        pairs = torch.randn((*shape, 2), generator=generator, dtype=torch.float64)
         return torch.view_as_complex(pairs).to(dtype)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
 
 
 class Stream:

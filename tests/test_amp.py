@@ -132,7 +132,7 @@ def test_opposite_infinities_do_not_cancel(place: Place) -> None:
 def test_sums_that_overflow_skip_the_step(place: Place) -> None:
     model = bare({"a.w": (64,)}, torch.float64, place.device)
     amplifier = place.amplifier(model)
-    put(model, {"a.w": torch.linspace(-1e300, 1e300, 64, device=place.device).double()})
+    put(model, {"a.w": torch.linspace(-1e300, 1e300, 64, dtype=torch.float64, device=place.device)})
     found_inf = device_scalar(place, 0.0)
     amplifier.step(found_inf=found_inf)
     report = amplifier.report()

@@ -67,7 +67,7 @@ def gradient(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, seed: 
 
 
 @given(data=st.data(), parameters=PARAMETERS, chosen=options())
-@settings(max_examples=60)
+@settings(max_examples=200)
 def test_any_run(
     place: Place, data: st.DataObject, parameters: dict[str, Any], chosen: dict[str, Any]
 ) -> None:
@@ -82,7 +82,7 @@ def test_any_run(
     twin = Twin(model, place, layers, excluded, **selection, **chosen)
 
     twin.set_epoch(0)
-    for step in range(data.draw(st.integers(1, 6))):
+    for step in range(data.draw(st.integers(2, 7))):
         if step and data.draw(st.booleans()):
             twin.set_epoch(data.draw(st.integers(0, 4)))
         absent = data.draw(st.sets(st.sampled_from(names), max_size=len(names) - 1))

@@ -141,7 +141,7 @@ def test_layout_may_change_between_steps(place: Place) -> None:
         assert same_bits(gradient, scaled(before, 3.0 if step else 1.0))
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (3, 1, 4)])
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 2, 1), (3, 1, 4)])
 def test_dimensions_of_one_with_any_stride(place: Place, shape: tuple[int, ...]) -> None:
     model, amplifier = selected(place, shape, torch.float32)
     strides = [999 if size == 1 else stride for size, stride in zip(

@@ -102,8 +102,8 @@ def test_magnitudes(place: Place, magnitude: float, size: int, dtype: torch.dtyp
     check(place, ((x + 0.3) * magnitude).to(dtype))
 
 
-@pytest.mark.parametrize("magnitude", [1e-120, 1e120])
-def test_magnitudes_only_fp64_holds(place: Place, magnitude: float) -> None:
+@pytest.mark.parametrize("magnitude", [1e-120, 1e-45, 1e30])
+def test_magnitudes_of_fp64(place: Place, magnitude: float) -> None:
     x = torch.randn(1009, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     check(place, x * magnitude)
 
@@ -114,15 +114,20 @@ def test_smallest_subnormals_of_half(place: Place, dtype: torch.dtype) -> None:
     check(place, (x * 2.0**-24).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", REALS, ids=str)
+EQUAL = [(value, dtype) for value in (0.0, 1.0, 1 / 3, -777.0, 6e4) for dtype in REALS] + [
+    (value, dtype) for value in (1e12, -1e17, 1e-30) for dtype in REALS if dtype != torch.float16
+]
+
+
 @pytest.mark.parametrize("size", [1, 33, 8193])
-@pytest.mark.parametrize("value", [0.0, 1.0, 1 / 3, -777.0])
+@pytest.mark.parametrize(("value", "dtype"), EQUAL, ids=str)
 def test_equal_elements_have_no_variance(
     place: Place, value: float, size: int, dtype: torch.dtype
 ) -> None:
     """Their variance is 0, up to the rounding of the mean."""
     _, amplifier = measured(place, {"a.w": torch.full((size,), value, dtype=dtype)})
     row = amplifier.report().layers[0]
+    assert row.steps == 1
     assert 0 <= row.variance <= (1e-7 * value) ** 2
 
 
