@@ -92,15 +92,27 @@ def test_zero_gradients_stay_zero(place: Place) -> None:
 
 
 def test_excluded_parameters_are_normed_and_rescaled(place: Place) -> None:
-    model = bare({"a.w": (50,), "b.w": (60,)}, device=place.device)
+    shapes = {"a.w": (50,), "b.w": (60,), "b.v": (5000,), "b.empty": (0,)}
+    model = bare(shapes, device=place.device)
     amplifier = place.amplifier(model, exclude=["b.*"], max_norm=1.0)
-    a, b = torch.full((50,), 3.0, device=place.device), torch.full((60,), 4.0, device=place.device)
-    put(model, {"a.w": a.clone(), "b.w": b.clone()})
+    gradients = {n: torch.full(s, 3.0, device=place.device) for n, s in shapes.items()}
+    put(model, {n: g.clone() for n, g in gradients.items()})
     amplifier.step()
-    total = norm([a, b])
+    total = norm(list(gradients.values()))
     assert float(amplifier.total_norm) == pytest.approx(total, rel=1e-6)
-    torch.testing.assert_close(model.a.w.grad, a / total, rtol=1e-5, atol=0)
-    torch.testing.assert_close(model.b.w.grad, b / total, rtol=1e-5, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name] / total, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1e-6, 1e-9])
+def test_small_norms(place: Place, magnitude: float) -> None:
+    """The coefficient is max_norm / (norm + 1e-6)."""
+    model = bare({"a.w": (50,)}, device=place.device)
+    amplifier = place.amplifier(model, max_norm=magnitude)
+    put(model, {"a.w": torch.full((50,), magnitude, device=place.device)})
+    amplifier.step()
+    expected = magnitude * min(1.0, magnitude / (magnitude * math.sqrt(50) + 1e-6))
+    assert float(model.a.w.grad[0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_parameters_without_gradient_do_not_count(place: Place) -> None:

@@ -26,8 +26,8 @@ def measured(place: Place, gradients: dict[str, Tensor]) -> tuple[nn.Module, Amp
     """A model that has taken one step with these gradients; clipping is asked for, to no effect."""
     shapes = {name: tuple(g.shape) for name, g in gradients.items()}
     model = bare(shapes, {name: g.dtype for name, g in gradients.items()}, place.device)
-    put(model, {name: g.to(place.device) for name, g in gradients.items()})
-    amplifier = place.amplifier(model, max_norm=1e30)
+    put(model, {name: g.clone().to(place.device) for name, g in gradients.items()})
+    amplifier = place.amplifier(model, max_norm=1e300)
     amplifier.step()
     return model, amplifier
 

@@ -170,6 +170,21 @@ def test_zero_gradients_have_no_direction(place: Place) -> None:
     assert twin.amplifier.report().layers[0].direction == 0
 
 
+@pytest.mark.parametrize("threshold", ["mean", "std", "quantile"])
+@pytest.mark.parametrize("select", ["below", "above"])
+def test_a_single_layer_is_its_own_threshold(place: Place, select: str, threshold: str) -> None:
+    """The comparison is strict."""
+    model = bare({"a.w": (50,)}, device=place.device)
+    amplifier = place.amplifier(model, threshold=threshold, select=select, **QUICK)
+    stream = Stream(model)
+    for _ in range(4):
+        put(model, stream.next())
+        amplifier.step()
+    report = amplifier.report()
+    assert report.threshold == report.layers[0].score
+    assert not report.layers[0].selected
+
+
 @pytest.mark.parametrize("decay", [0.9, None])
 @pytest.mark.parametrize("timing", ["lagged", "exact"])
 def test_epoch_refresh(place: Place, decay: float | None, timing: str) -> None:
