@@ -157,12 +157,18 @@ GRADAMP_HD double norm_coefficient(const Config& c, double before, double after)
 
 // ---- commit -------------------------------------------------------------------------
 
+// Scratch of a commit, one of each for every layer.
+struct Scratch {
+  double* scores;
+  double* amplified;  // what the layer's gradients are multiplied by in this step
+};
+
 // Folds one step's sums into the state; returns false, and counts a skipped step, if a
 // layer's sums are not finite. `factor` is active_factor() at the start of the step.
 // sums[l].moments.count == 0 marks a layer without gradient.
 template <class Group>
 GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, const LayerSums* sums,
-                       int64_t layers, double* scores, double factor, Group& group) {
+                       int64_t layers, const Scratch& scratch, double factor, Group& group) {
   int64_t bad = 0;
   for (int64_t l = group.rank(); l < layers; l += group.size())
     bad += sums[l].moments.count != 0.0 && !is_finite(sums[l]);
@@ -170,20 +176,20 @@ GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, cons
     if (group.rank() == 0) g.step += 1.0, g.skipped_steps += 1.0;
     return false;
   }
-  const bool lagged = !c.exact;
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
-    if (sums[l].moments.count == 0.0) continue;
-    if (lagged && amplification(states[l], factor) != 1.0) states[l].amplified_steps += 1.0;
-    update_layer(states[l], sums[l], c.decay);
+    scratch.amplified[l] = amplification(states[l], factor);
+    if (sums[l].moments.count != 0.0) update_layer(states[l], sums[l], c.decay);
   }
   group.barrier();
-  const double counted = g.step - g.skipped_steps + 1.0;
-  if (c.refresh > 0.0 && fmod(counted, c.refresh) == 0.0)
-    decide(c, g, states, layers, scores, group);
+  const int64_t counted = static_cast<int64_t>(g.step - g.skipped_steps) + 1;
+  if (c.refresh > 0 && counted % c.refresh == 0)
+    decide(c, g, states, layers, scratch.scores, group);
   group.barrier();
-  for (int64_t l = group.rank(); l < layers; l += group.size())
-    if (!lagged && sums[l].moments.count != 0.0 && amplification(states[l], factor) != 1.0)
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    if (c.exact) scratch.amplified[l] = amplification(states[l], factor);
+    if (sums[l].moments.count != 0.0 && scratch.amplified[l] != 1.0)
       states[l].amplified_steps += 1.0;
+  }
   if (group.rank() == 0) g.step += 1.0;
   return true;
 }
@@ -191,14 +197,14 @@ GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, cons
 // Square root of the sums of squares over the layers and `excluded` (count 0: none),
 // before and after amplification; returns the coefficient and stores the norm.
 template <class Group>
-GRADAMP_HD double apply_norm(const Config& c, GlobalState& g, const LayerState* states,
-                             const LayerSums* sums, int64_t layers, const Moments& excluded,
-                             double factor, Group& group) {
+GRADAMP_HD double apply_norm(const Config& c, GlobalState& g, const LayerSums* sums,
+                             int64_t layers, const Moments& excluded, const double* amplified,
+                             Group& group) {
   double before = 0.0, after = 0.0;
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     if (sums[l].moments.count == 0.0) continue;
     const double power = energy(sums[l].moments);
-    const double multiplier = amplification(states[l], factor);
+    const double multiplier = amplified[l];
     before += power;
     after += multiplier * multiplier * power;
   }

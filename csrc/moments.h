@@ -18,14 +18,27 @@ GRADAMP_HD Moments shifted_moments(double count, double shift, double sum_d, dou
   return {count, shift + mean_d, m2 < 0.0 ? 0.0 : m2};
 }
 
-// Chan, Golub and LeVeque's pairwise update; a NaN or Inf on either side survives.
+// Chan, Golub and LeVeque's pairwise update, `share` being b's part of the elements.
+GRADAMP_HD Moments merge(const Moments& a, const Moments& b, double share) {
+  const double delta = b.mean - a.mean;
+  return {a.count + b.count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+}
+
+// A NaN or Inf on either side survives.
 GRADAMP_HD Moments merge(const Moments& a, const Moments& b) {
   if (a.count == 0.0) return b;
   if (b.count == 0.0) return a;
-  const double count = a.count + b.count;
-  const double delta = b.mean - a.mean;
-  const double share = b.count / count;
-  return {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+  return merge(a, b, b.count / (a.count + b.count));
+}
+
+// The same for one set per rank of a group; every rank gets the result.
+template <class Group>
+GRADAMP_HD Moments merge_all(const Moments& mine, Group& group) {
+  const double count = group.sum(mine.count);
+  if (count == 0.0) return Moments{};
+  const double mean = group.sum(mine.count * mine.mean) / count;
+  const double delta = mine.mean - mean;
+  return {count, mean, group.sum(mine.m2 + mine.count * delta * delta)};
 }
 
 // Sum of x^2.

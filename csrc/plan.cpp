@@ -39,7 +39,7 @@ Config read_config(const py::dict& options, const std::vector<Window>& windows) 
   c.threshold_value = number("threshold_value");
   c.decay = number("decay");
   c.min_steps = number("min_steps");
-  c.refresh = number("refresh");
+  c.refresh = static_cast<int64_t>(number("refresh"));
   return c;
 }
 

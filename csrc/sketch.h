@@ -43,6 +43,13 @@ GRADAMP_HD void add(SketchSums& a, const SketchSums& b) {
   a.after += b.after;
 }
 
+// The same for one set of sums per rank of a group; every rank gets the result.
+template <class Group>
+GRADAMP_HD SketchSums add_all(const SketchSums& mine, Group& group) {
+  return {group.sum(mine.power), group.sum(mine.dot), group.sum(mine.before),
+          group.sum(mine.after)};
+}
+
 // Folds one bucket in and returns its new running mean.
 GRADAMP_HD float update_bucket(float s, float h, double weight, SketchSums& sums) {
   const double sd = s, hd = h;

@@ -34,7 +34,7 @@ struct Config {
   double threshold_value = 0.0;   // the number, num_std or quantile, as `threshold` asks
   double decay = 0.99;            // 1 stands for decay=None: a plain average
   double min_steps = 100.0;
-  double refresh = 100.0;         // 0: decided outside the step, when the epoch changes
+  int64_t refresh = 100;          // 0: decided outside the step, when the epoch changes
 };
 
 struct GlobalState {

@@ -70,6 +70,7 @@ class CpuEngine final : public Engine {
         tiles_(layout_.num_tiles),
         sums_(layout_.num_layers),
         scores_(layout_.num_layers),
+        amplified_(layout_.num_layers),
         multipliers_(layout_.num_tensors()) {
     config_.windows = windows_.data();
     for (int64_t t = 0; t < layout_.num_tensors(); ++t)
@@ -91,7 +92,11 @@ class CpuEngine final : public Engine {
     const bool norm = needs_norm(config_);
     const bool one_pass = !config_.exact && !norm;
 
-    if (one_pass) set_multipliers(in, factor, unscale);
+    if (one_pass) {
+      for (int64_t l = 0; l < layout_.num_layers; ++l)
+        amplified_[l] = amplification(state_.layers[l], factor);
+      set_multipliers(in, unscale);
+    }
     const bool with_excluded = norm || (one_pass && unscale != 1.0);
     each_tile(with_excluded ? layout_.num_tiles : layout_.measured_tiles, [&](int64_t tile) {
       if (norm || tile < layout_.measured_tiles) measure(in, tile, inverse);
@@ -100,8 +105,9 @@ class CpuEngine final : public Engine {
 
     SerialGroup group;
     reduce(in);
-    if (!commit(config_, global, state_.layers, sums_.data(), layout_.num_layers, scores_.data(),
-                factor, group)) {
+    const Scratch scratch = {scores_.data(), amplified_.data()};
+    if (!commit(config_, global, state_.layers, sums_.data(), layout_.num_layers, scratch, factor,
+                group)) {
       if (in.found_inf) *in.found_inf = 1.0f;
       if (!one_pass) return;
     } else {
@@ -109,10 +115,10 @@ class CpuEngine final : public Engine {
     }
     if (!one_pass) {
       const double coefficient =
-          norm ? apply_norm(config_, global, state_.layers, sums_.data(), layout_.num_layers,
-                            excluded_moments(in), factor, group)
+          norm ? apply_norm(config_, global, sums_.data(), layout_.num_layers,
+                            excluded_moments(in), amplified_.data(), group)
                : 1.0;
-      set_multipliers(in, factor, unscale * coefficient);
+      set_multipliers(in, unscale * coefficient);
       each_tile(layout_.num_tiles, [&](int64_t tile) { multiply(in, tile); });
     }
     for (int64_t t = 0; t < layout_.num_tensors(); ++t)
@@ -197,10 +203,10 @@ class CpuEngine final : public Engine {
     return all;
   }
 
-  void set_multipliers(const StepInputs& in, double factor, double common) {
+  void set_multipliers(const StepInputs& in, double common) {
     for (int64_t t = 0; t < layout_.num_tensors(); ++t) {
       const int32_t layer = layout_.tensors[t].layer;
-      const double own = layer < 0 ? 1.0 : amplification(state_.layers[layer], factor);
+      const double own = layer < 0 ? 1.0 : amplified_[layer];
       multipliers_[t] = rounded(own * common, in.dtypes[t]);
     }
   }
@@ -221,6 +227,7 @@ class CpuEngine final : public Engine {
   std::vector<TileSums> tiles_;
   std::vector<LayerSums> sums_;
   std::vector<double> scores_;
+  std::vector<double> amplified_;    // per layer, this step
   std::vector<double> multipliers_;  // per tensor, rounded as it is applied
 };
 

@@ -1,0 +1,49 @@
+// Threads that add up together, in a fixed order: see decide.h for what a Group is.
+#pragma once
+
+#include "../common.h"
+
+namespace gradamp::cuda {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class T>
+__device__ inline T butterfly_sum(T x, int width = 32) {
+  for (int mask = width / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+  return x;
+}
+
+struct WarpGroup {
+  __device__ int rank() const { return threadIdx.x % 32; }
+  __device__ int size() const { return 32; }
+  __device__ double sum(double x) const { return butterfly_sum(x); }
+  __device__ int64_t sum(int64_t x) const { return butterfly_sum(static_cast<long long>(x)); }
+  __device__ void barrier() const { __syncwarp(); }
+};
+
+template <int kBlockThreads>
+struct BlockGroup {
+  double* scratch;  // shared, one for each warp
+
+  __device__ int rank() const { return threadIdx.x; }
+  __device__ int size() const { return kBlockThreads; }
+  __device__ double sum(double x) const { return across_warps(butterfly_sum(x), scratch); }
+  __device__ int64_t sum(int64_t x) const {
+    const long long mine = butterfly_sum(static_cast<long long>(x));
+    return across_warps(mine, reinterpret_cast<long long*>(scratch));
+  }
+  __device__ void barrier() const { __syncthreads(); }
+
+ private:
+  template <class T>
+  __device__ static T across_warps(T of_warp, T* slots) {
+    if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = of_warp;
+    __syncthreads();
+    T total = 0;
+    for (int w = 0; w < kBlockThreads / 32; ++w) total += slots[w];
+    __syncthreads();
+    return total;
+  }
+};
+
+}  // namespace gradamp::cuda

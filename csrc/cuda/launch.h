@@ -1,0 +1,102 @@
+// What the host hands to the kernel: plain structs, a stream, and no torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../decide.h"
+#include "../engine.h"
+#include "../layout.h"
+
+namespace gradamp::cuda {
+
+// A warp works on one tile at a time; 16 KB of fp32.
+constexpr int64_t kTileElements = 4096;
+// Tiles of one layer whose sums are merged before the layer's are.
+constexpr int kGroupTiles = 32;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+// Addresses travel by value in the kernel's parameters, whose limit is 4 KB, or 32,764
+// bytes from driver 530 (CUDA 12.1) on. More tensors take more launches.
+constexpr int kSmallTable = 448;
+constexpr int kLargeTable = 4000;
+
+struct TileSums {
+  Moments moments;
+  SketchSums sketch;
+};
+
+// Where a layer's tiles and groups of tiles lie; the last entry is that of the excluded tensors.
+struct LayerTiles {
+  int32_t first_tile;
+  int32_t tiles;
+  int32_t first_group;
+  int32_t groups;
+};
+
+// What the deciding block leaves for the second phase.
+struct Verdict {
+  double coefficient;  // of everything
+  int32_t counted;     // 0: the step was skipped, nothing is written
+};
+
+struct Tables {  // on the device, written once
+  const TensorInfo* tensors;
+  const int32_t* tile_tensor;
+  const LayerTiles* layers;  // [num_layers + 1]
+};
+
+struct Workspace {  // on the device
+  TileSums* tiles;
+  TileSums* groups;
+  LayerSums* layers;  // [num_layers + 1]
+  Scratch scratch;
+  Verdict* verdict;
+  uint32_t* group_tickets;  // zero between steps
+  uint32_t* layer_tickets;  // zero between steps
+  uint32_t* block_ticket;   // zero between steps
+};
+
+struct StepArgs {
+  Config config;
+  StateView state;
+  Tables tables;
+  Workspace work;
+  const float* grad_scale;
+  float* found_inf;
+  int32_t num_layers;
+  int32_t measured;      // tensors that belong to a layer
+  int32_t tensor_begin;  // tensors and tiles of this launch
+  int32_t tile_begin;
+  int32_t tile_end;
+  uint32_t stress;       // tests only: seed of random delays before tickets, 0 for none
+  bool unscale;
+  bool write_in_first_phase;  // multiplies as it measures
+  bool first_launch;           // of the step
+  bool last_launch;            // of the first phase: its last block decides
+};
+
+enum Phases : int { kMeasure = 1, kMultiply = 2, kBoth = 3 };
+
+// An address and the dtype behind it in one word: device pointers leave the top bits clear.
+constexpr int kDTypeShift = 60;
+
+struct Device {
+  int processors;
+  int blocks_per_processor;
+  int kept_tiles;  // tiles a block keeps in shared memory between the phases
+  bool cooperative;
+  bool large_table;
+};
+
+// Loads the kernels and reads what they can use of the current device.
+cudaError_t inspect(Device& device);
+
+// `table` holds the tagged addresses of tensors [args.tensor_begin, ... + count).
+cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
+                   int blocks, const Device& device, cudaStream_t stream);
+
+}  // namespace gradamp::cuda

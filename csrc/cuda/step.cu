@@ -1,0 +1,369 @@
+// The step in one launch: warps measure tiles (and multiply those of layers selected
+// before); the last warp of a layer adds up the layer; the last block of all commits the
+// state and decides. Where what is written depends on this step's sums, the blocks wait
+// for that and multiply in a second phase of the same launch.
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include "../decide.h"
+#include "launch.h"
+#include "tile.cuh"
+
+namespace gradamp::cuda {
+namespace {
+
+template <int kCapacity>
+struct AddressTable {
+  uint64_t tagged[kCapacity];
+};
+
+constexpr int kMinBlocks = 3;  // of 256 threads on a processor: at most 80 registers each
+constexpr int kKeptVectors = kTileElements * 4 / 16;  // a kept tile: 16 KB
+
+// Adds one and wraps to zero after `count` calls; true for the last of them, which then
+// sees what the others wrote before theirs. Tickets need no reset between steps.
+__device__ inline bool is_last(uint32_t* ticket, uint32_t count) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(ticket), "r"(count - 1)
+               : "memory");
+  return old == count - 1;
+}
+
+// The same for a whole warp whose lane 0 holds what there is to publish.
+__device__ inline bool warp_is_last(uint32_t* ticket, int count) {
+  __syncwarp();
+  int last = 0;
+  if (threadIdx.x % 32 == 0) last = is_last(ticket, static_cast<uint32_t>(count));
+  last = __shfl_sync(kAllLanes, last, 0);
+  __syncwarp();
+  return last;
+}
+
+// Sums that another processor wrote: from L2.
+__device__ inline TileSums fresh(const TileSums* p) {
+  const double* d = reinterpret_cast<const double*>(p);
+  return {{__ldcg(d), __ldcg(d + 1), __ldcg(d + 2)},
+          {__ldcg(d + 3), __ldcg(d + 4), __ldcg(d + 5), __ldcg(d + 6)}};
+}
+
+// Sums of p[0 .. count), the same in every lane: each lane's in order, then across lanes.
+__device__ inline TileSums warp_total(const TileSums* p, int count) {
+  TileSums mine;
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const TileSums next = fresh(p + i);
+    mine.moments = merge(mine.moments, next.moments);
+    add(mine.sketch, next.sketch);
+  }
+  WarpGroup warp;
+  return {merge_all(mine.moments, warp), add_all(mine.sketch, warp)};
+}
+
+__device__ inline void random_delay(uint32_t seed, int tile) {
+  if (seed == 0) return;
+  const uint32_t wait = sign_word(seed + tile) % 16384;
+  const long long start = clock64();
+  while (clock64() - start < wait) {
+  }
+}
+
+// Publishes a tile's sums; the last warp of a layer adds the layer up.
+__device__ inline void publish(const StepArgs& a, int tile, const TileSums& sums) {
+  const Workspace& w = a.work;
+  const int32_t own = a.tables.tensors[a.tables.tile_tensor[tile]].layer;
+  const int layer = own < 0 ? a.num_layers : own;
+  const LayerTiles at = a.tables.layers[layer];
+  const bool leader = threadIdx.x % 32 == 0;
+  if (leader) w.tiles[tile] = sums;
+  random_delay(a.stress, tile);
+
+  const int group = (tile - at.first_tile) / kGroupTiles;
+  const int first = at.first_tile + group * kGroupTiles;
+  const int left = at.first_tile + at.tiles - first;
+  const int count = left < kGroupTiles ? left : kGroupTiles;
+  if (!warp_is_last(w.group_tickets + at.first_group + group, count)) return;
+  const TileSums of_group = warp_total(w.tiles + first, count);
+  if (leader) w.groups[at.first_group + group] = of_group;
+
+  if (!warp_is_last(w.layer_tickets + layer, at.groups)) return;
+  const TileSums of_layer = warp_total(w.groups + at.first_group, at.groups);
+  if (leader) w.layers[layer] = {of_layer.moments, of_layer.sketch};
+}
+
+template <class Visitor>
+__device__ inline void with_element(DType dtype, Visitor&& visit) {
+  switch (dtype) {
+    case DType::kFloat32: return visit(Float32{});
+    case DType::kBFloat16: return visit(BFloat16{});
+    case DType::kFloat16: return visit(Float16{});
+    case DType::kFloat64: return visit(Float64{});
+  }
+}
+
+struct Place {
+  TileData tile;
+  DType dtype;
+  int tensor;
+};
+
+template <int kCapacity>
+__device__ inline Place locate(const StepArgs& a, const AddressTable<kCapacity>& table, int tile) {
+  Place at;
+  at.tensor = a.tables.tile_tensor[tile];
+  const TensorInfo& info = a.tables.tensors[at.tensor];
+  const uint64_t tagged = table.tagged[at.tensor - a.tensor_begin];
+  at.dtype = static_cast<DType>(tagged >> kDTypeShift);
+  at.tile.first = (tile - info.first_tile) * kTileElements;
+  const int64_t left = info.numel - at.tile.first;
+  const int bytes = at.dtype == DType::kFloat64 ? 8 : at.dtype == DType::kFloat32 ? 4 : 2;
+  const uint64_t address = tagged & ((uint64_t{1} << kDTypeShift) - 1);
+  at.tile.data = address ? reinterpret_cast<char*>(address) + at.tile.first * bytes : nullptr;
+  at.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
+  at.tile.bucket_log2 = info.bucket_log2;
+  return at;
+}
+
+__device__ inline double as_applied(double multiplier, DType dtype) {
+  return dtype == DType::kFloat64 ? multiplier : static_cast<double>(static_cast<float>(multiplier));
+}
+
+__device__ inline double inverse_scale(const StepArgs& a) {
+  return a.grad_scale ? 1.0 / static_cast<double>(*a.grad_scale) : 1.0;
+}
+
+__device__ inline RunningMeans running_means(const StepArgs& a, const Place& at) {
+  const TensorInfo& info = a.tables.tensors[at.tensor];
+  const int32_t parity = a.state.parity[at.tensor];
+  float* row = a.state.sketch + info.first_bucket + (at.tile.first >> info.bucket_log2);
+  return {row + parity * a.state.buckets, row + (1 - parity) * a.state.buckets, inverse_scale(a),
+          next_weight(a.state.layers[info.layer], a.config.decay)};
+}
+
+// What the first phase multiplies a tensor by: what is known before this step's sums.
+__device__ inline double standing_multiplier(const StepArgs& a, const Place& at, double factor) {
+  if (!a.write_in_first_phase) return 1.0;
+  const int32_t layer = a.tables.tensors[at.tensor].layer;
+  const double own = layer < 0 ? 1.0 : amplification(a.state.layers[layer], factor);
+  return as_applied(own * (a.unscale ? inverse_scale(a) : 1.0), at.dtype);
+}
+
+// What a warp sets aside while its registers hold gradients.
+struct WarpMemory {
+  float buckets[kMaxBuckets];
+  SketchSums sketch;
+};
+
+// The same value, but the compiler does not know: what is derived from it is derived anew
+// instead of being held in registers across the loop over elements.
+__device__ inline int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// The lanes' moments of a tile, before grad_scale; its buckets go to `memory`.
+template <int kCapacity>
+__device__ inline Moments measure_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
+                                       int tile, double factor, uint4* kept,
+                                       WarpMemory& memory) {
+  const Place at = locate(a, table, tile);
+  if (!at.tile.data) return Moments{};
+  const double multiplier = standing_multiplier(a, at, factor);
+  const bool sketched = at.tensor < a.measured;
+  uint4* keep = kept && at.dtype != DType::kFloat64 ? kept : nullptr;
+  Moments lane;
+  with_element(at.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (sketched && at.tile.bucket_log2 == 0) {
+      WarpGroup warp;
+      const SketchSums sums = add_all(fold_elements<E>(at.tile, running_means(a, at)), warp);
+      if (warp.rank() == 0) memory.sketch = sums;
+    }
+    const bool in_runs = sketched && at.tile.bucket_log2 > 0;
+    lane = measure_elements<E>(at.tile, multiplier, keep, in_runs ? memory.buckets : nullptr);
+  });
+  return lane;
+}
+
+template <int kCapacity>
+__device__ inline void finish_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
+                                   int tile, const Moments& lane, WarpMemory& memory) {
+  WarpGroup warp;
+  TileSums sums = {merge_all(lane, warp), SketchSums{}};
+  const double inverse = inverse_scale(a);
+  sums.moments.mean *= inverse;
+  sums.moments.m2 *= inverse * inverse;
+  const Place at = locate(a, table, tile);
+  if (at.tile.data && at.tensor < a.measured) {
+    __syncwarp();
+    sums.sketch = at.tile.bucket_log2 == 0
+                      ? memory.sketch
+                      : add_all(fold_buckets(at.tile, memory.buckets, running_means(a, at)), warp);
+    __syncwarp();
+  }
+  publish(a, tile, sums);
+}
+
+template <int kCapacity>
+__device__ inline void measure_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
+                                     int warp, int warps, uint4* kept) {
+  __shared__ WarpMemory memory[kWarps];
+  __shared__ double factor;
+  if (threadIdx.x == 0) factor = active_factor(a.config, *a.state.global);
+  __syncthreads();
+  WarpMemory& own = memory[threadIdx.x / 32];
+#pragma unroll 1
+  for (int tile = a.tile_begin + warp; tile < a.tile_end; tile += warps) {
+    uint4* keep = tile + warps >= a.tile_end ? kept : nullptr;
+    const Moments lane = measure_tile(a, table, tile, factor, keep, own);
+    finish_tile(a, table, anew(tile), lane, own);
+  }
+}
+
+template <int kCapacity>
+__device__ inline void multiply_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
+                                      int warp, int warps, uint4* kept) {
+  const Verdict verdict = *a.work.verdict;
+  const int tiles = a.tile_end - a.tile_begin;
+  if (!verdict.counted || warp >= tiles) return;
+  const double common = verdict.coefficient * (a.unscale ? inverse_scale(a) : 1.0);
+  // Backwards: what was read last may still be in shared memory or L2.
+  const int last = warp + (tiles - 1 - warp) / warps * warps;
+#pragma unroll 1
+  for (int i = last; i >= 0; i -= warps) {
+    const Place at = locate(a, table, a.tile_begin + i);
+    if (!at.tile.data) continue;
+    const int32_t layer = a.tables.tensors[at.tensor].layer;
+    const double own =
+        layer < 0 ? 1.0 : a.work.scratch.amplified[layer];
+    const double multiplier = as_applied(own * common, at.dtype);
+    if (multiplier == 1.0) continue;
+    const uint4* keep = i == last && at.dtype != DType::kFloat64 ? kept : nullptr;
+    with_element(at.dtype, [&](auto element) {
+      multiply_elements<decltype(element)>(at.tile, multiplier, keep);
+    });
+  }
+}
+
+// One block, after every tile is measured.
+__device__ inline void conclude(const StepArgs& a) {
+  __shared__ double scratch[kWarps];
+  BlockGroup<kThreads> block = {scratch};
+  const Workspace& w = a.work;
+  GlobalState& global = *a.state.global;
+  const double factor = active_factor(a.config, global);
+  const bool counted = commit(a.config, global, a.state.layers, w.layers, a.num_layers, w.scratch,
+                              factor, block);
+  block.barrier();
+  double coefficient = 1.0;
+  if (counted && needs_norm(a.config))
+    coefficient = apply_norm(a.config, global, w.layers, a.num_layers,
+                             w.layers[a.num_layers].moments, w.scratch.amplified, block);
+  if (counted) {
+    for (int64_t t = block.rank(); t < a.measured; t += block.size()) {
+      const TensorInfo& info = a.tables.tensors[t];
+      if (info.numel > 0 && __ldcg(&w.tiles[info.first_tile].moments.count) != 0.0)
+        a.state.parity[t] = 1 - a.state.parity[t];
+    }
+  }
+  if (block.rank() == 0) {
+    *w.verdict = {coefficient, counted};
+    if (!counted && a.found_inf) *a.found_inf = 1.0f;
+  }
+}
+
+__device__ inline void count_skipped_step(const StepArgs& a) {
+  a.state.global->step += 1.0;
+  a.state.global->skipped_steps += 1.0;
+  a.work.verdict->counted = 0;
+}
+
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    step_kernel(const __grid_constant__ StepArgs a,
+                const __grid_constant__ AddressTable<kCapacity> table, int phases,
+                int kept_tiles) {
+  // Shared memory holds the tile that a warp measured last, if there is room for it. fp64
+  // tiles are twice as large and are read again.
+  extern __shared__ uint4 slots[];
+  __shared__ bool decides;
+  const int warps = gridDim.x * kWarps;
+  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  uint4* kept = threadIdx.x / 32 < kept_tiles ? slots + threadIdx.x / 32 * kKeptVectors : nullptr;
+  const bool first_thread = blockIdx.x == 0 && threadIdx.x == 0;
+
+  if (phases & kMeasure) {
+    if (a.found_inf && *a.found_inf != 0.0f) {
+      if (first_thread && a.first_launch) count_skipped_step(a);
+      return;
+    }
+    measure_tiles(a, table, warp, warps, kept);
+    if (a.last_launch) {
+      __syncthreads();
+      if (threadIdx.x == 0) decides = is_last(a.work.block_ticket, gridDim.x);
+      __syncthreads();
+      if (decides) conclude(a);
+    }
+  }
+  if (phases == kBoth) cooperative_groups::this_grid().sync();
+  if (phases & kMultiply) multiply_tiles(a, table, warp, warps, kept);
+}
+
+template <int kCapacity>
+cudaError_t launch_kernel(const StepArgs& args, const uint64_t* tagged, int count, int phases,
+                          int blocks, int kept_tiles, cudaStream_t stream) {
+  AddressTable<kCapacity> table;
+  for (int i = 0; i < count; ++i) table.tagged[i] = tagged[i];
+  void* parameters[] = {const_cast<StepArgs*>(&args), &table, &phases, &kept_tiles};
+  const auto kernel = reinterpret_cast<const void*>(&step_kernel<kCapacity>);
+  const size_t shared = static_cast<size_t>(kept_tiles) * kKeptVectors * sizeof(uint4);
+  if (phases == kBoth)
+    return cudaLaunchCooperativeKernel(kernel, blocks, kThreads, parameters, shared, stream);
+  return cudaLaunchKernel(kernel, blocks, kThreads, parameters, shared, stream);
+}
+
+}  // namespace
+
+cudaError_t inspect(Device& device) {
+  int current = 0, driver = 0, cooperative = 0, shared_optin = 0, shared_processor = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  const auto attribute = [&](int& value, cudaDeviceAttr name) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, name, current);
+  };
+  attribute(device.processors, cudaDevAttrMultiProcessorCount);
+  attribute(cooperative, cudaDevAttrCooperativeLaunch);
+  attribute(shared_optin, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  attribute(shared_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  if (error != cudaSuccess) return error;
+  device.cooperative = cooperative != 0;
+  device.large_table = driver >= 12010;
+
+  const void* const kernels[] = {reinterpret_cast<const void*>(&step_kernel<kSmallTable>),
+                                 reinterpret_cast<const void*>(&step_kernel<kLargeTable>)};
+  constexpr int kKeptBytes = kKeptVectors * sizeof(uint4);
+  constexpr int kReserved = 10240;  // of each block: static and the system's own
+  const int per_block = shared_processor / kMinBlocks - kReserved;
+  const int usable = per_block < shared_optin - kReserved ? per_block : shared_optin - kReserved;
+  device.kept_tiles = usable / kKeptBytes < kWarps ? usable / kKeptBytes : kWarps;
+  device.blocks_per_processor = 1 << 20;
+  for (int i = 0; i < (device.large_table ? 2 : 1); ++i) {
+    const int shared = device.kept_tiles * kKeptBytes;
+    int blocks = 0;
+    error = cudaFuncSetAttribute(kernels[i], cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error == cudaSuccess)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels[i], kThreads, shared);
+    if (error != cudaSuccess) return error;
+    if (blocks < device.blocks_per_processor) device.blocks_per_processor = blocks;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
+                   int blocks, const Device& device, cudaStream_t stream) {
+  const int kept_tiles = phases == kBoth ? device.kept_tiles : 0;
+  const auto kernel = count <= kSmallTable ? &launch_kernel<kSmallTable> : &launch_kernel<kLargeTable>;
+  return kernel(args, table, count, phases, blocks, kept_tiles, stream);
+}
+
+}  // namespace gradamp::cuda

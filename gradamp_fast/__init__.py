@@ -1,0 +1,19 @@
+"""Gradient amplification for PyTorch in one kernel launch over all parameters."""
+
+from ._version import __version__
+from .amplifier import Amplifier
+from .drop_in import fused_amplify, reset
+from .options import Options
+from .report import LayerReport, Report
+from .schedule import Schedule
+
+__all__ = [
+    "Amplifier",
+    "LayerReport",
+    "Options",
+    "Report",
+    "Schedule",
+    "__version__",
+    "fused_amplify",
+    "reset",
+]

@@ -1,0 +1,314 @@
+"""The Amplifier: options, layers, state and backend of one model, and its steps."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import backends, checkpoint, reference
+from .attach import Attachment
+from .gradients import GradientReader, Outcome, first_device
+from .layers import find_layers, unwrap
+from .options import Options, check_factor
+from .plan import Plan
+from .report import Report, make_report
+from .state import State
+
+_OWNERS: weakref.WeakValueDictionary[int, Amplifier] = weakref.WeakValueDictionary()
+Mask = Callable[[Plan], bytes | None]
+
+
+class Amplifier:
+    """Amplifies the gradients of the layers of a model that its options select.
+
+    Between ``backward()`` and ``optimizer.step()`` call ``step()``, once for each update, or
+    ``attach(optimizer)`` once. A layer is what one module owns directly, unless ``group_by``
+    says otherwise. Options are those of ``Options``.
+
+    The model is not kept alive, and nothing is stored on it. Measures and selection rules are
+    this project's reading of arXiv 2305.18445, whose formulas are not public.
+
+    Raises ValueError for options out of range, a model without trainable parameters, and
+    parameters that another living Amplifier owns.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.options = Options.make(options)
+        self._model = weakref.ref(unwrap(model))
+        self._excluded: frozenset[int] = frozenset()
+        self._attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+        self._owned: list[int] = []
+        self._plan = find_layers(unwrap(model), self.options)
+        self._own(self._plan)
+        device = first_device([slot.parameter for slot in self._plan.slots])
+        on_meta = device.type == "meta"
+        self._state = State(self._plan, self.options.factor, torch.device("cpu") if on_meta else device)
+        self._backend: backends.Backend | None = None
+        self._needs_epoch = self.options.needs_epochs()
+        self._warned_empty = False
+
+    # ---- one step -------------------------------------------------------------------
+
+    def step(
+        self,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        unscale: bool = True,
+    ) -> None:
+        """Measures all gradients, updates the state, decides, and multiplies in place.
+
+        Args:
+            grad_scale: what the loss was multiplied by; one fp32 element on the gradients'
+                device. Gradients are measured divided by it.
+            found_inf: one fp32 element on the gradients' device; not 0 skips the step, and a
+                non-finite gradient found here sets it to 1.
+            unscale: also divide the gradients by ``grad_scale``; False leaves that to an
+                optimizer that does it itself.
+
+        With gradient accumulation call it only before the optimizer's step: it would amplify
+        twice. Raises RuntimeError if options count epochs and ``set_epoch`` was never called,
+        TypeError or ValueError, naming the parameter, for gradients that cannot be amplified.
+        """
+        self._step(grad_scale, found_inf, unscale, None)
+
+    def _step(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        mask: Mask | None,
+    ) -> None:
+        if self._needs_epoch:
+            raise RuntimeError(
+                'schedule unit "epoch" and refresh="epoch" need set_epoch(epoch) to be called '
+                "before the first step"
+            )
+        backend = self._backend or self._ready()
+        if grad_scale is not None or found_inf is not None:
+            self._check_scalar("grad_scale", grad_scale)
+            self._check_scalar("found_inf", found_inf)
+        if self.options.error_if_nonfinite:
+            self._raise_if_nonfinite(found_inf, mask)
+        only = None if mask is None else mask(self._plan)
+        outcome = backend.step(grad_scale, found_inf, unscale, only, False)
+        if outcome is Outcome.REBIND:
+            self.rebind()
+            only = None if mask is None else mask(self._plan)
+            outcome = self._ready().step(grad_scale, found_inf, unscale, only, True)
+        if outcome is Outcome.EMPTY and not self._warned_empty:
+            self._warned_empty = True
+            warnings.warn(
+                "no parameter has a gradient: was the amplifier called before backward()?",
+                stacklevel=3,
+            )
+
+    def prepare(self) -> None:
+        """Allocates, uploads and loads kernels without a step, as capture in a graph needs."""
+        self._ready()
+
+    def _ready(self) -> backends.Backend:
+        """The backend, made on first use for the device that the gradients are on."""
+        if self._backend is None:
+            device = first_device([slot.parameter for slot in self._plan.slots])
+            if device.type == "meta":
+                GradientReader(self._plan, device).read(None, True)  # says what is wrong
+            chosen = backends.choose(self.options.backend, device)
+            if device != self._state.device:
+                self._replace(self._plan, device)
+            self._backend = chosen(self._plan, self._state, self.options)
+        return self._backend
+
+    def _check_scalar(self, name: str, value: object) -> None:
+        if value is None:
+            return
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.dtype != torch.float32:
+            raise TypeError(f"{name} must be a tensor of one float32 element, not {value!r}")
+        if value.device != self._state.device:
+            raise ValueError(
+                f"{name} is on {value.device}, the gradients are on {self._state.device}"
+            )
+
+    def _raise_if_nonfinite(self, found_inf: Tensor | None, mask: Mask | None) -> None:
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        only = None if mask is None else mask(self._plan)
+        names = dict.fromkeys(
+            self._plan.layers[slot.layer]
+            for index, slot in enumerate(self._plan.slots[: self._plan.measured])
+            if (only is None or only[index])
+            and slot.parameter.requires_grad
+            and slot.parameter.grad is not None
+            and not torch.isfinite(slot.parameter.grad).all()
+        )
+        if names:
+            raise RuntimeError(
+                f"non-finite gradients in layer(s) {', '.join(map(repr, names))}; nothing was "
+                "written (error_if_nonfinite=True)"
+            )
+
+    # ---- the model ------------------------------------------------------------------
+
+    def rebind(self) -> None:
+        """Walks the model again: binds new and replaced parameters, lets vanished ones go.
+
+        Layers keep their state by name; new ones start at their first step. This also happens
+        by itself when a parameter loses its gradient, and at ``set_epoch``.
+        """
+        self._rebind(warn=True)
+
+    def _rebind(self, warn: bool) -> None:
+        model = self._model()
+        if model is None:
+            return
+        bound = {id(slot.parameter) for slot in self._plan.slots}
+        plan = find_layers(model, self.options, self._excluded, bound, check_names=False)
+        device = first_device([slot.parameter for slot in plan.slots])
+        if plan.serves_the_same(self._plan) and device == self._state.device:
+            return
+        self._own(plan)
+        vanished = [name for name in self._plan.layers if name not in plan.layers]
+        if vanished and warn:
+            warnings.warn(
+                f"layer(s) no longer in the model: {', '.join(map(repr, vanished))}; their state "
+                "is gone",
+                stacklevel=3,
+            )
+        self._replace(plan, device)
+
+    def _replace(self, plan: Plan, device: torch.device) -> None:
+        state = State(plan, self.options.factor, device)
+        state.inherit(plan, self._state, self._plan)
+        self._plan, self._state, self._backend = plan, state, None
+
+    def _own(self, plan: Plan) -> None:
+        measured = plan.slots[: plan.measured]
+        for slot in measured:
+            if _OWNERS.get(id(slot.parameter), self) is not self:
+                raise ValueError(
+                    f"parameter {slot.name!r} already belongs to another living Amplifier: use "
+                    "that one, or delete it first"
+                )
+        for identity in self._owned:
+            _OWNERS.pop(identity, None)
+        self._owned = [id(slot.parameter) for slot in measured]
+        _OWNERS.update(dict.fromkeys(self._owned, self))
+
+    def _exclude(self, parameters: frozenset[int]) -> None:
+        """Leaves out parameters, by id, that an attached optimizer does not want amplified."""
+        if parameters != self._excluded:
+            self._excluded = parameters
+            self._rebind(warn=False)
+
+    # ---- control --------------------------------------------------------------------
+
+    @property
+    def factor(self) -> Tensor:
+        """What selected gradients are multiplied by: fp64 [], on the gradients' device.
+
+        Assign a number, or a one-element tensor, to change it from the next step on.
+        """
+        return self._state.scalar("factor")
+
+    @factor.setter
+    def factor(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"factor must have one element, not shape {tuple(value.shape)}")
+            self._state.scalar("factor").copy_(value.reshape(()))
+        else:
+            check_factor(value)
+            self._state.scalar("factor").fill_(value)
+
+    @property
+    def total_norm(self) -> Tensor | None:
+        """Global gradient norm of the last step before clipping: fp64 [], on the device.
+
+        None unless ``max_norm`` or ``match_norm`` is set.
+        """
+        if self.options.max_norm is None and not self.options.match_norm:
+            return None
+        return self._state.scalar("total_norm").clone()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the epoch that begins, counted from 0.
+
+        With ``refresh="epoch"`` a new one brings a decision from the state as it stands, and
+        with ``decay=None`` all averages then begin anew.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch={epoch!r} is out of range: it must be a whole number >= 0")
+        self.rebind()
+        state = self._state
+        if self._epoch() == epoch:
+            return
+        if self.options.refresh == "epoch":
+            reference.decide(state, self.options)
+            if self.options.decay is None:
+                state.restart()
+        state.scalar("epoch").fill_(epoch)
+        self._needs_epoch = False
+
+    def _epoch(self) -> int:
+        """The epoch told last, -1 before the first."""
+        return int(self._state.scalar("epoch"))
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Steps by itself before every ``optimizer.step()``, for the optimizer's parameters.
+
+        Closures are honoured: the step follows each of their calls. Groups with
+        ``param_group["amplify"] = False`` are left alone. An optimizer that unscales gradients
+        itself (``fused=True`` under a GradScaler) is left to do so. Returns a handle whose
+        ``remove()`` ends it. Warns for optimizers that a constant factor does not move.
+
+        Raises ValueError if the optimizer holds none of the model's parameters.
+        """
+        attachment = Attachment(self, optimizer)
+        self._attachments.add(attachment)
+        return attachment
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer calls ``step`` by itself."""
+        return any(attachment.active for attachment in self._attachments)
+
+    def reset(self) -> None:
+        """Back to before the first step, in place; options and attachments stay."""
+        self._state.reset()
+        self._needs_epoch = self.options.needs_epochs()
+
+    # ---- looking at it --------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Every layer's state and the last decision; one device-to-host copy."""
+        return make_report(self._plan, self._state, self.options)
+
+    def summary(self) -> str:
+        """The report as a table in plain text."""
+        return str(self.report().table())
+
+    # ---- checkpoints ----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot on the CPU: plain values and tensors, readable with ``weights_only``."""
+        return checkpoint.save(self._plan, self._state, self.options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continues from a snapshot, of whichever backend.
+
+        Raises ValueError, with nothing loaded, if it is of another schema, of other options
+        (``backend`` and ``error_if_nonfinite`` may differ) or of a model with other layers.
+        """
+        checkpoint.load(state_dict, self._plan, self._state, self.options)
+        self._needs_epoch = self.options.needs_epochs() and self._epoch() < 0
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Amplifier belongs to one model and is not copied or pickled: store its "
+            "state_dict(), make a new Amplifier for the copy and load it with load_state_dict()"
+        )

@@ -1,0 +1,71 @@
+"""The backends, siblings with one interface, and the choice between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import ClassVar, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from .._checks import one_of
+from ..gradients import Outcome
+from ..options import BackendName, Options
+from ..plan import Plan
+from ..state import State
+from .cpu import CpuBackend
+from .cuda import CudaBackend
+from .torch import TorchBackend
+from .triton import TritonBackend
+
+
+class Backend(Protocol):
+    """Makes the steps of one plan on the device that holds its state."""
+
+    name: ClassVar[str]
+
+    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
+
+    def step(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        only: bytes | None,
+        walked: bool,
+    ) -> Outcome:
+        """One step; ``only`` has a byte for each slot, 0 for one that is left out."""
+        ...
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        """Why the backend cannot serve the device, with the fix; None if it can."""
+        ...
+
+
+_BACKENDS: dict[str, type[Backend]] = {
+    backend.name: backend for backend in (CudaBackend, TritonBackend, CpuBackend, TorchBackend)
+}
+NAMES: Sequence[str] = tuple(_BACKENDS)
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """Why the backend of that name cannot serve the device; None if it can."""
+    return _BACKENDS[name].unavailable(device)
+
+
+def choose(name: str, device: torch.device) -> type[Backend]:
+    """The backend asked for, or for "auto" the first that can serve the device.
+
+    ``GRADAMP_BACKEND`` in the environment overrides "auto". Raises RuntimeError for a backend
+    asked for by name that cannot run.
+    """
+    if name == "auto":
+        name = os.environ.get("GRADAMP_BACKEND", "auto")
+        one_of("GRADAMP_BACKEND", name, get_args(BackendName))
+    if name == "auto":
+        return next(b for b in _BACKENDS.values() if b.unavailable(device) is None)
+    if reason := unavailable(name, device):
+        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+    return _BACKENDS[name]

@@ -1,0 +1,107 @@
+"""Walks a model: its parameters, their names without wrappers, their layers."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from torch import nn
+from torch.nn import Parameter
+
+from .options import Names, Options
+from .plan import Plan, make_plan
+
+# Inserted into names by torch.compile, FSDP and activation checkpointing.
+_INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers: modules that hold nothing but ``module`` or ``_orig_mod``."""
+    while True:
+        children = model._modules
+        if len(children) != 1 or model._parameters or model._buffers:
+            return model
+        name, child = next(iter(children.items()))
+        if name not in ("module", "_orig_mod") or child is None:
+            return model
+        model = child
+
+
+def clean_name(name: str) -> str:
+    """A parameter's or module's name without what wrappers inserted."""
+    for inserted in _INSERTED:
+        name = name.replace(inserted, "")
+    return name
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter once, under the first name that reaches it, in module order."""
+    for name, parameter in model.named_parameters():
+        yield clean_name(name), parameter
+
+
+def find_layers(
+    model: nn.Module,
+    options: Options,
+    excluded: Collection[int] = (),
+    bound: Collection[int] = (),
+    check_names: bool = True,
+) -> Plan:
+    """The plan of a model (not a wrapper).
+
+    ``excluded`` and ``bound`` hold ids of parameters: those that are not to be amplified, and
+    those that keep their place while they are frozen. ``check_names``: a glob has to match.
+
+    Raises ValueError if nothing is trainable, everything is excluded, or a glob matches no
+    parameter.
+    """
+    included = _matcher("include", options.include, model, True, check_names)
+    left_out = _matcher("exclude", options.exclude, model, False, check_names)
+    members: list[tuple[str, Parameter, str | None]] = []
+    watched: list[Parameter] = []
+    for name, parameter in named_parameters(model):
+        if not parameter.requires_grad and id(parameter) not in bound:
+            watched.append(parameter)
+            continue
+        layer: str | None = None
+        unwanted = id(parameter) in excluded or left_out(name) or not included(name)
+        if not unwanted and not (options.exclude_bias_and_norm and parameter.ndim <= 1):
+            layer = _layer_of(name, options)
+        members.append((name, parameter, layer))
+    if not members:
+        raise ValueError("the model has no trainable parameter: nothing could be amplified")
+    plan = make_plan(members, watched)
+    if plan.measured == 0:
+        raise ValueError(
+            "no trainable parameter is left to amplify: include, exclude, exclude_bias_and_norm, "
+            'group_by or param_group["amplify"] rule out all of them'
+        )
+    return plan
+
+
+def _layer_of(name: str, options: Options) -> str | None:
+    if callable(options.group_by):
+        return options.group_by(name)
+    return name if options.group_by == "tensor" else name.rpartition(".")[0]
+
+
+def _matcher(
+    option: str, names: Names | None, model: nn.Module, default: bool, check_names: bool
+) -> Callable[[str], bool]:
+    """A predicate over parameter names."""
+    if names is None:
+        return lambda name: default
+    if callable(names):
+        return names
+    globs = list(names)
+    known = [name for name, _ in named_parameters(model)]
+    for glob in globs if check_names else ():
+        if not fnmatch.filter(known, glob):
+            raise ValueError(
+                f"{option}={glob!r} matches no parameter; names look like {_examples(known)}"
+            )
+    return lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def _examples(known: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in list(known)[:3]) or "nothing: there are none"

@@ -1,0 +1,183 @@
+"""What a user may ask for, validated together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
+
+from ._checks import nearest, one_of
+from .schedule import Schedule
+
+Measure = Literal["fluctuation", "direction", "variance"]
+ThresholdRule = Literal["mean", "std", "quantile"]
+Select = Literal["below", "above"]
+Timing = Literal["lagged", "exact"]
+BackendName = Literal["auto", "cuda", "triton", "cpu", "torch"]
+GroupBy = Literal["module", "tensor"] | Callable[[str], str | None]
+Names = str | Iterable[str] | Callable[[str], bool]
+
+# What may differ between a checkpoint and the run that loads it.
+NOT_STATE = ("backend", "error_if_nonfinite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of an ``Amplifier``; ValueError names the option, its value and its range.
+
+    Attributes:
+        factor: what selected gradients are multiplied by; finite, > 0, not 1.
+        measure: the score of a layer: ``"fluctuation"`` (ln F/R, low where gradients agree
+            from step to step), ``"direction"`` (the same, blind to each step's size) or
+            ``"variance"`` (ln V).
+        threshold: over all layers' scores: ``"mean"``, ``"std"``, ``"quantile"`` or a number.
+        select: layers ``"below"`` or ``"above"`` the threshold.
+        num_std: distance from the mean in standard deviations, for ``threshold="std"``
+            (None: 1.0); > 0.
+        quantile: which one, for ``threshold="quantile"`` (None: 0.5); in (0, 1).
+        decay: of the running means, in [0, 1); None averages since the last restart.
+        min_steps: steps a layer needs before it may be selected; >= 1.
+        refresh: a decision every so many steps, or ``"epoch"``.
+        schedule: when to amplify; None is always.
+        timing: ``"lagged"`` multiplies by the selection that stood before the step,
+            ``"exact"`` by the one made in it.
+        match_norm: rescale so that the global norm is what it was.
+        max_norm: clip the global norm, as ``torch.nn.utils.clip_grad_norm_`` does.
+        group_by: ``"module"``, ``"tensor"`` or a function from parameter name to layer name
+            (None excludes the parameter).
+        include, exclude: globs over parameter names, or a function of the name; exclude wins.
+        exclude_bias_and_norm: exclude parameters of at most one dimension.
+        error_if_nonfinite: raise for NaN and Inf instead of skipping; synchronises.
+        backend: ``"auto"`` or the one to use.
+    """
+
+    factor: float = 2.0
+    measure: Measure = "fluctuation"
+    threshold: ThresholdRule | float = "mean"
+    select: Select = "below"
+    num_std: float | None = None
+    quantile: float | None = None
+    decay: float | None = 0.99
+    min_steps: int = 100
+    refresh: int | Literal["epoch"] = 100
+    schedule: Schedule | None = None
+    timing: Timing = "lagged"
+    match_norm: bool = False
+    max_norm: float | None = None
+    group_by: GroupBy = "module"
+    include: Names | None = None
+    exclude: Names | None = None
+    exclude_bias_and_norm: bool = False
+    error_if_nonfinite: bool = False
+    backend: BackendName = "auto"
+
+    def __post_init__(self) -> None:
+        check_factor(self.factor)
+        one_of("measure", self.measure, get_args(Measure))
+        if isinstance(self.threshold, str):
+            one_of("threshold", self.threshold, (*get_args(ThresholdRule), "a number"))
+        else:
+            _check("threshold", self.threshold, math.isfinite, "a finite number")
+        one_of("select", self.select, get_args(Select))
+        for option, rule in (("num_std", "std"), ("quantile", "quantile")):
+            if getattr(self, option) is not None and self.threshold != rule:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r} goes with threshold={rule!r} only; "
+                    f"threshold is {self.threshold!r}"
+                )
+        if self.num_std is not None:
+            _check("num_std", self.num_std, lambda x: 0 < x < math.inf, "finite and > 0")
+        if self.quantile is not None:
+            _check("quantile", self.quantile, lambda x: 0 < x < 1, "in (0, 1)")
+        if self.decay is not None:
+            _check("decay", self.decay, lambda x: 0 <= x < 1, "None or in [0, 1)")
+        _check_count("min_steps", self.min_steps, "a whole number >= 1")
+        if self.refresh != "epoch":
+            _check_count("refresh", self.refresh, 'a whole number >= 1 or "epoch"')
+        if not isinstance(self.schedule, Schedule | None):
+            raise ValueError(
+                f"schedule={self.schedule!r} is not a Schedule: give "
+                "gradamp_fast.Schedule([(start, stop), ...], unit='epoch' or 'step')"
+            )
+        one_of("timing", self.timing, get_args(Timing))
+        if self.max_norm is not None:
+            _check("max_norm", self.max_norm, lambda x: 0 < x < math.inf, "finite and > 0")
+            if self.match_norm:
+                raise ValueError(
+                    f"match_norm=True and max_norm={self.max_norm!r} both set the global norm: "
+                    "leave one of them out"
+                )
+        if not callable(self.group_by):
+            one_of("group_by", self.group_by, ("module", "tensor"))
+        for option in ("include", "exclude"):
+            names = getattr(self, option)
+            if isinstance(names, str):
+                object.__setattr__(self, option, (names,))
+            elif names is not None and not callable(names):
+                object.__setattr__(self, option, tuple(names))
+        for option in ("match_norm", "exclude_bias_and_norm", "error_if_nonfinite"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option}={getattr(self, option)!r} is not True or False")
+        one_of("backend", self.backend, get_args(BackendName))
+
+    @classmethod
+    def make(cls, given: Mapping[str, Any]) -> Options:
+        """Options from a mapping; ValueError names one that does not exist."""
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise ValueError(f"there is no option {name!r}{nearest(name, names)}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, except for callables, which stay what they are."""
+        stored = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in stored.items():
+            if isinstance(value, Schedule):
+                stored[name] = value.to_dict()
+            elif isinstance(value, tuple):
+                stored[name] = list(value)
+        return stored
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Options:
+        given = dict(stored)
+        if isinstance(given.get("schedule"), Mapping):
+            given["schedule"] = Schedule.from_dict(given["schedule"])
+        return cls.make(given)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """What a checkpoint holds and compares: plain values, callables by name."""
+        return {
+            name: _qualified_name(value) if callable(value) else value
+            for name, value in self.to_dict().items()
+            if name not in NOT_STATE
+        }
+
+    def needs_epochs(self) -> bool:
+        """Whether a step means nothing before ``set_epoch``."""
+        by_epoch = self.schedule is not None and self.schedule.unit == "epoch"
+        return by_epoch or self.refresh == "epoch"
+
+
+def check_factor(value: object) -> None:
+    """ValueError unless the value can be a factor."""
+    _check("factor", value, lambda x: 0 < x < math.inf and x != 1, "finite, > 0 and not 1")
+
+
+def _check(option: str, value: object, holds: Callable[[Any], bool], range_: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
+        raise ValueError(f"{option}={value!r} is out of range: it must be {range_}")
+
+
+def _check_count(option: str, value: object, range_: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        near = nearest(value, ("epoch",)) if isinstance(value, str) else ""
+        raise ValueError(f"{option}={value!r} is out of range: it must be {range_}{near}")
+
+
+def _qualified_name(value: Callable[..., Any]) -> str:
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{getattr(value, '__module__', '')}.{name}"

@@ -1,0 +1,121 @@
+"""What the steps so far left behind, in three tensors on the gradients' device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .plan import Plan
+
+# The same names, in the same order, as GlobalState and LayerState in csrc/state.h.
+GLOBALS = (
+    "step",  # calls so far, skipped ones included
+    "skipped_steps",
+    "epoch",  # -1: never set
+    "threshold",  # of the last decision; NaN before the first
+    "factor",
+    "total_norm",  # before clipping
+    "unused0",
+    "unused1",
+)
+FIELDS = (
+    "steps",  # k
+    "weight_sum",  # W_k = 1 + decay W_{k-1}; the newest step weighs 1 / W_k
+    "variance",  # V
+    "power",  # Q: running mean of the sum of squared buckets
+    "mean_power",  # R: sum of the squared running means
+    "noise",  # F: what R would be if the steps were uncorrelated
+    "agreement",  # D
+    "selected",  # 0 or 1: the standing selection
+    "amplified_steps",  # counted steps on which the layer was multiplied
+    "changed_at",  # step number at which "selected" last changed
+)
+_AVERAGES = FIELDS[: FIELDS.index("selected")]
+
+
+class State:
+    """State of one plan; the tensors' addresses stay for life, everything writes in place.
+
+    Attributes:
+        values: fp64 [8 + 10 layers]: the globals, then each layer's fields.
+        sketch: fp32 [2, buckets]: running means of the buckets, double-buffered.
+        parity: int32 [measured tensors]: the row of ``sketch`` that holds a tensor's means.
+    """
+
+    def __init__(self, plan: Plan, factor: float, device: torch.device) -> None:
+        self.factor = factor
+        numbers = len(GLOBALS) + len(FIELDS) * len(plan.layers)
+        self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
+        self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
+        self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
+        self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def layers(self) -> Tensor:
+        """View of the layers' fields: fp64 [layers, 10]."""
+        return self.values[len(GLOBALS) :].view(-1, len(FIELDS))
+
+    def scalar(self, name: str) -> Tensor:
+        """View of a global: fp64 []."""
+        return self.values[GLOBALS.index(name)]
+
+    def column(self, name: str) -> Tensor:
+        """View of one field of all layers: fp64 [layers]."""
+        return self.layers[:, FIELDS.index(name)]
+
+    def on_host(self) -> State:
+        """A copy of the numbers on the CPU, without the sketch: one transfer."""
+        host = State.__new__(State)
+        host.factor, host.values = self.factor, self.values.to("cpu", copy=True)
+        return host
+
+    def reset(self) -> None:
+        """Back to before the first step."""
+        for tensor in (self.values, self.sketch, self.parity):
+            tensor.zero_()
+        self.scalar("epoch").fill_(-1.0)
+        self.scalar("threshold").fill_(float("nan"))
+        self.scalar("factor").fill_(self.factor)
+
+    def restart(self) -> None:
+        """Averages and sketches begin anew; the selection and the counters stand."""
+        for name in _AVERAGES:
+            self.column(name).zero_()
+        self.sketch.zero_()
+
+    def means(self, plan: Plan) -> dict[str, Tensor]:
+        """Copies of each measured tensor's running means, by parameter name."""
+        parity = self.parity.tolist()
+        return {
+            slot.name: self.sketch[row, slot.first_bucket :][: slot.buckets].clone()
+            for slot, row in zip(plan.slots[: plan.measured], parity, strict=True)
+        }
+
+    def take_means(self, plan: Plan, means: dict[str, Tensor]) -> None:
+        """Writes running means, where given, into both rows."""
+        self.parity.zero_()
+        self.sketch.zero_()
+        for slot in plan.slots[: plan.measured]:
+            if slot.name in means:
+                self.sketch[:, slot.first_bucket :][:, : slot.buckets] = means[slot.name]
+
+    def inherit(self, plan: Plan, old: State, old_plan: Plan) -> None:
+        """Takes over what another plan's state knows of this plan's layers, by name.
+
+        A tensor whose size changed makes its layer begin anew.
+        """
+        self.values[: len(GLOBALS)] = old.values[: len(GLOBALS)]
+        sizes = {slot.name: slot.numel for slot in old_plan.slots[: old_plan.measured]}
+        measured = plan.slots[: plan.measured]
+        changed = {s.layer for s in measured if sizes.get(s.name, s.numel) != s.numel}
+        rows = {name: index for index, name in enumerate(old_plan.layers)}
+        for index, name in enumerate(plan.layers):
+            if name in rows and index not in changed:
+                self.layers[index] = old.layers[rows[name]]
+        means = old.means(old_plan)
+        kept = {s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed}
+        self.take_means(plan, kept)
