@@ -66,8 +66,8 @@ def test_the_digest_sees_a_single_bit(place: Place) -> None:
 
 
 def test_many_layers(place: Place) -> None:
-    """Decisions over more layers than a block has threads."""
-    shapes = {f"m{i}.w": (i % 7 + 2,) for i in range(600)}
+    """Decisions over more layers than a warp has threads."""
+    shapes = {f"m{i}.w": (i % 7 + 2,) for i in range(300)}
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -22,10 +22,6 @@ def sparse(x: Tensor) -> Tensor:
     return x.to_sparse()
 
 
-def sparse_rows(x: Tensor) -> Tensor:
-    return x.to_sparse_csr()
-
-
 def tagged(x: Tensor) -> Tensor:
     return x.as_subclass(Tagged)
 
@@ -39,7 +35,7 @@ def overlapping(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("timing", ["lagged", "exact"])
-@pytest.mark.parametrize("how", [sparse, sparse_rows, tagged, expanded, overlapping])
+@pytest.mark.parametrize("how", [sparse, tagged, expanded, overlapping])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_refused_by_name_before_any_write(
     place: Place, prepared: bool, how: Callable[[Tensor], Tensor], timing: str

@@ -74,6 +74,7 @@ def test_unfreezing_starts_a_layer(place: Place) -> None:
 
 def test_replaced_parameter_keeps_its_state(running: Running) -> None:
     model, amplifier = running
+    put(model, {})
     model.a.w = nn.Parameter(model.a.w.detach().clone())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -83,6 +84,7 @@ def test_replaced_parameter_keeps_its_state(running: Running) -> None:
 
 def test_replaced_module_keeps_its_state(running: Running) -> None:
     model, amplifier = running
+    put(model, {})
     model.b = bare({"b.w": (50,), "b.v": (8,)}, device=model.a.w.device.type).b
     assert all(take(amplifier, model).values())
     assert steps(amplifier) == {"a": 4, "b": 4, "c": 4}
@@ -90,6 +92,7 @@ def test_replaced_module_keeps_its_state(running: Running) -> None:
 
 def test_replaced_by_another_size_starts_anew(running: Running) -> None:
     model, amplifier = running
+    put(model, {})
     model.c.w = nn.Parameter(torch.zeros(61, device=model.a.w.device))
     doubled = take(amplifier, model)
     assert doubled["a.w"]
@@ -105,6 +108,7 @@ def test_replacement_matches_a_run_that_was_never_replaced(place: Place) -> None
         amplifier = place.amplifier(model, min_steps=2, refresh=2)
         stream = Stream(model)
         for step in range(6):
+            put(model, {})
             if replace and step == 3:
                 model.b.w = nn.Parameter(model.b.w.detach().clone())
                 model.a.w = nn.Parameter(model.a.w.detach().clone())
@@ -112,6 +116,16 @@ def test_replacement_matches_a_run_that_was_never_replaced(place: Place) -> None
             amplifier.step()
         reports.append(str(amplifier.report()))
     assert reports[0] == reports[1]
+
+
+def test_a_parameter_replaced_with_its_gradient_in_place_is_found_by_rebind(
+    running: Running,
+) -> None:
+    model, amplifier = running
+    model.a.w = nn.Parameter(model.a.w.detach().clone())
+    amplifier.rebind()
+    assert all(take(amplifier, model).values())
+    assert steps(amplifier) == {"a": 4, "b": 4, "c": 4}
 
 
 def test_late_parameters_are_bound_by_rebind(running: Running) -> None:

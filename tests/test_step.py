@@ -148,8 +148,8 @@ def test_elements_without_number(place: Place) -> None:
 
 def test_zero_gradients(place: Place) -> None:
     """No variance, no power, no direction: no score, hence never selected."""
-    model = bare({"a.w": (64,), "b.w": (64,)}, device=place.device)
     for measure in ("fluctuation", "variance"):
+        model = bare({"a.w": (64,), "b.w": (64,)}, device=place.device)
         twin = Twin(model, place, measure=measure, min_steps=1, refresh=1, threshold=1e3)
         for _ in range(4):
             gradients = Stream(model, seed=4).next()
