@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import backends, checkpoint, reference
-from .attach import Attachment
-from .gradients import GradientReader, Outcome, first_device
+from .attach import Attachment, innermost
+from .gradients import Outcome, state_device
 from .layers import find_layers, unwrap
 from .options import Options, check_factor
 from .plan import Plan
@@ -31,11 +32,12 @@ class Amplifier:
     ``attach(optimizer)`` once. A layer is what one module owns directly, unless ``group_by``
     says otherwise. Options are those of ``Options``.
 
-    The model is not kept alive, and nothing is stored on it. Measures and selection rules are
-    this project's reading of arXiv 2305.18445, whose formulas are not public.
+    The model is not kept alive, and nothing is stored on it. From its first step on an
+    Amplifier owns the model's trainable parameters; another one's first step on any of them is
+    a ValueError for as long as it lives. Measures and selection rules are this project's reading
+    of arXiv 2305.18445, whose formulas are not public.
 
-    Raises ValueError for options out of range, a model without trainable parameters, and
-    parameters that another living Amplifier owns.
+    Raises ValueError for options out of range and a model without trainable parameters.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
@@ -45,11 +47,9 @@ class Amplifier:
         self._attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
         self._owned: list[int] = []
         self._plan = find_layers(unwrap(model), self.options)
-        self._own(self._plan)
-        device = first_device([slot.parameter for slot in self._plan.slots])
-        on_meta = device.type == "meta"
-        self._state = State(self._plan, self.options.factor, torch.device("cpu") if on_meta else device)
+        self._state = State(self._plan, self.options.factor, state_device(self._plan))
         self._backend: backends.Backend | None = None
+        self._epoch = -1
         self._needs_epoch = self.options.needs_epochs()
         self._warned_empty = False
 
@@ -115,9 +115,8 @@ class Amplifier:
     def _ready(self) -> backends.Backend:
         """The backend, made on first use for the device that the gradients are on."""
         if self._backend is None:
-            device = first_device([slot.parameter for slot in self._plan.slots])
-            if device.type == "meta":
-                GradientReader(self._plan, device).read(None, True)  # says what is wrong
+            self._own(self._plan)
+            device = state_device(self._plan)
             chosen = backends.choose(self.options.backend, device)
             if device != self._state.device:
                 self._replace(self._plan, device)
@@ -144,6 +143,7 @@ class Amplifier:
             if (only is None or only[index])
             and slot.parameter.requires_grad
             and slot.parameter.grad is not None
+            and slot.parameter.grad.layout == torch.strided
             and not torch.isfinite(slot.parameter.grad).all()
         )
         if names:
@@ -168,10 +168,11 @@ class Amplifier:
             return
         bound = {id(slot.parameter) for slot in self._plan.slots}
         plan = find_layers(model, self.options, self._excluded, bound, check_names=False)
-        device = first_device([slot.parameter for slot in plan.slots])
+        device = state_device(plan)
         if plan.serves_the_same(self._plan) and device == self._state.device:
             return
-        self._own(plan)
+        if self._owned:
+            self._own(plan)
         vanished = [name for name in self._plan.layers if name not in plan.layers]
         if vanished and warn:
             warnings.warn(
@@ -182,45 +183,54 @@ class Amplifier:
         self._replace(plan, device)
 
     def _replace(self, plan: Plan, device: torch.device) -> None:
-        state = State(plan, self.options.factor, device)
-        state.inherit(plan, self._state, self._plan)
+        state = self._state
+        if device != state.device or not plan.laid_out_like(self._plan):
+            state = State(plan, self.options.factor, device)
+            state.inherit(plan, self._state, self._plan)
         self._plan, self._state, self._backend = plan, state, None
 
     def _own(self, plan: Plan) -> None:
-        measured = plan.slots[: plan.measured]
-        for slot in measured:
+        for slot in plan.slots:
             if _OWNERS.get(id(slot.parameter), self) is not self:
                 raise ValueError(
                     f"parameter {slot.name!r} already belongs to another living Amplifier: use "
-                    "that one, or delete it first"
+                    "that one, or let go of it first (an optimizer it is attached to holds it, and "
+                    "so does fused_amplify until gradamp_fast.reset(model))"
                 )
         for identity in self._owned:
             _OWNERS.pop(identity, None)
-        self._owned = [id(slot.parameter) for slot in measured]
+        self._owned = [id(slot.parameter) for slot in plan.slots]
         _OWNERS.update(dict.fromkeys(self._owned, self))
 
     def _exclude(self, parameters: frozenset[int]) -> None:
         """Leaves out parameters, by id, that an attached optimizer does not want amplified."""
         if parameters != self._excluded:
-            self._excluded = parameters
-            self._rebind(warn=False)
+            before, self._excluded = self._excluded, parameters
+            try:
+                self._rebind(warn=False)
+            except ValueError:
+                self._excluded = before
+                raise
 
     # ---- control --------------------------------------------------------------------
 
     @property
     def factor(self) -> Tensor:
-        """What selected gradients are multiplied by: fp64 [], on the gradients' device.
+        """What selected gradients are multiplied by: fp64 [], on the gradients' device; a copy.
 
-        Assign a number, or a one-element tensor, to change it from the next step on.
+        Assign a number, or a one-element tensor, to change it from the next step on. A tensor
+        on another device than the CPU is taken without looking at it: that would synchronise.
         """
-        return self._state.scalar("factor")
+        return self._state.scalar("factor").clone()
 
     @factor.setter
     def factor(self, value: float | Tensor) -> None:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"factor must have one element, not shape {tuple(value.shape)}")
-            self._state.scalar("factor").copy_(value.reshape(()))
+            if value.device.type == "cpu":
+                check_factor(value.item())
+            self._state.scalar("factor").copy_(value.detach().reshape(()))
         else:
             check_factor(value)
             self._state.scalar("factor").fill_(value)
@@ -241,22 +251,19 @@ class Amplifier:
         With ``refresh="epoch"`` a new one brings a decision from the state as it stands, and
         with ``decay=None`` all averages then begin anew.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        if isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 0:
             raise ValueError(f"epoch={epoch!r} is out of range: it must be a whole number >= 0")
         self.rebind()
         state = self._state
-        if self._epoch() == epoch:
+        if self._epoch == epoch:
             return
         if self.options.refresh == "epoch":
             reference.decide(state, self.options)
             if self.options.decay is None:
                 state.restart()
-        state.scalar("epoch").fill_(epoch)
+        self._epoch = int(epoch)
+        state.scalar("epoch").fill_(self._epoch)
         self._needs_epoch = False
-
-    def _epoch(self) -> int:
-        """The epoch told last, -1 before the first."""
-        return int(self._state.scalar("epoch"))
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Steps by itself before every ``optimizer.step()``, for the optimizer's parameters.
@@ -266,11 +273,13 @@ class Amplifier:
         itself (``fused=True`` under a GradScaler) is left to do so. Returns a handle whose
         ``remove()`` ends it. Warns for optimizers that a constant factor does not move.
 
-        Raises ValueError if the optimizer holds none of the model's parameters.
+        The optimizer keeps the amplifier alive. One inside a wrapper that calls it
+        ``optimizer``, such as Accelerate's, is attached to itself.
+
+        Raises ValueError if the optimizer holds none of the model's parameters, or is attached
+        already.
         """
-        attachment = Attachment(self, optimizer)
-        self._attachments.add(attachment)
-        return attachment
+        return Attachment(self, innermost(optimizer))
 
     @property
     def attached(self) -> bool:
@@ -278,8 +287,12 @@ class Amplifier:
         return any(attachment.active for attachment in self._attachments)
 
     def reset(self) -> None:
-        """Back to before the first step, in place; options and attachments stay."""
+        """Back to before the first step, in place: no epoch is set, ``factor`` is the option's.
+
+        Options and attachments stay; ``gradamp_fast.reset(model)`` is for other options.
+        """
         self._state.reset()
+        self._epoch = -1
         self._needs_epoch = self.options.needs_epochs()
 
     # ---- looking at it --------------------------------------------------------------
@@ -304,8 +317,9 @@ class Amplifier:
         Raises ValueError, with nothing loaded, if it is of another schema, of other options
         (``backend`` and ``error_if_nonfinite`` may differ) or of a model with other layers.
         """
-        checkpoint.load(state_dict, self._plan, self._state, self.options)
-        self._needs_epoch = self.options.needs_epochs() and self._epoch() < 0
+        self.rebind()
+        self._epoch = checkpoint.load(state_dict, self._plan, self._state, self.options)
+        self._needs_epoch = self.options.needs_epochs() and self._epoch < 0
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 # Their updates do not change when a layer's gradients are multiplied by a constant.
 _SCALE_INVARIANT = (
     "adam", "adagrad", "adadelta", "rmsprop", "rprop", "lion", "lamb", "lars", "muon", "adafactor",
-    "shampoo", "soap", "adan", "adabelief", "adopt", "prodigy", "sophia",
+    "shampoo", "soap", "adan", "adabelief", "adopt", "prodigy", "sophia", "novograd", "signsgd",
 )  # fmt: skip
 
 
@@ -32,26 +33,56 @@ def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
         )
 
 
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside wrappers that keep it as ``optimizer``, as Accelerate's does."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {kind}")
+    return optimizer
+
+
 class Attachment:
-    """Handle of ``Amplifier.attach``; ``remove()`` ends it."""
+    """Handle of ``Amplifier.attach``; ``remove()`` ends it.
+
+    The optimizer's hook keeps it alive, and it the amplifier.
+    """
 
     def __init__(self, amplifier: Amplifier, optimizer: Optimizer) -> None:
         self.amplifier = amplifier
-        self._seen: object = None  # the groups as they were when the mask was made
+        self._optimizer = weakref.ref(optimizer)
+        self._seen = _groups(optimizer)
         self._mask: tuple[Plan, bytes | None] | None = None
-        self._parameters: frozenset[int] = frozenset()
-        self.left_out: frozenset[int] = frozenset()
-        self._look_at(optimizer)
-        if not self._parameters & {id(slot.parameter) for slot in amplifier._plan.slots}:
-            raise ValueError("the optimizer holds no trainable parameter of the amplifier's model")
-        warn_if_scale_invariant(optimizer, stacklevel=3)
+        if any(other.serves(optimizer) for other in amplifier._attachments):
+            raise ValueError("the amplifier is attached to this optimizer already")
+        plan = amplifier._plan
+        ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}
+        if ours.isdisjoint(_parameters(optimizer)):
+            raise ValueError("the optimizer holds no parameter of the amplifier's model")
         self._hook = optimizer.register_step_pre_hook(self._before_step)
-        self.active = True
+        amplifier._attachments.add(self)
+        try:
+            amplifier._exclude(self._left_out_by_all())
+        except ValueError:
+            self._hook.remove()
+            raise
+        warn_if_scale_invariant(optimizer, stacklevel=3)
+
+    @property
+    def active(self) -> bool:
+        """Whether an optimizer's steps still amplify."""
+        hooks = self._hook.hooks_dict_ref()
+        return hooks is not None and self._hook.id in hooks
+
+    def serves(self, optimizer: Optimizer) -> bool:
+        return self.active and self._optimizer() is optimizer
 
     def remove(self) -> None:
         """The optimizer's steps no longer amplify."""
         self._hook.remove()
-        self.active = False
+        self.amplifier._attachments.discard(self)
+        self.amplifier._exclude(self._left_out_by_all())
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,7 +104,10 @@ class Attachment:
         return amplified_closure
 
     def _step(self, optimizer: Optimizer) -> None:
-        self._look_at(optimizer)
+        seen = _groups(optimizer)
+        if seen != self._seen:
+            self._seen, self._mask = seen, None
+            self.amplifier._exclude(self._left_out_by_all())
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)
             found_inf = getattr(optimizer, "found_inf", None)
@@ -81,24 +115,36 @@ class Attachment:
         else:
             self.amplifier._step(None, None, True, self._only)
 
-    def _look_at(self, optimizer: Optimizer) -> None:
-        """Notices new groups and parameters, and groups that are not to be amplified."""
-        groups = optimizer.param_groups
-        seen = [(len(group["params"]), group.get("amplify", True)) for group in groups]
-        if seen == self._seen:
-            return
-        self._seen = seen
-        self._mask = None
-        self._parameters = frozenset(id(p) for group in groups for p in group["params"])
-        self.left_out = frozenset(
-            id(p) for group in groups if not group.get("amplify", True) for p in group["params"]
+    def _left_out_by_all(self) -> frozenset[int]:
+        """Ids of the parameters that attached optimizers do not want amplified."""
+        optimizers = [a._optimizer() for a in self.amplifier._attachments if a.active]
+        return frozenset(
+            id(p)
+            for optimizer in optimizers
+            if optimizer is not None
+            for group in optimizer.param_groups
+            if not group.get("amplify", True)
+            for p in group["params"]
         )
-        others = [a.left_out for a in self.amplifier._attachments if a is not self and a.active]
-        self.amplifier._exclude(self.left_out.union(*others))
 
     def _only(self, plan: Plan) -> bytes | None:
         """A byte for each slot, 1 if the optimizer holds it; None if it holds all."""
         if self._mask is None or self._mask[0] is not plan:
-            held = [id(slot.parameter) in self._parameters for slot in plan.slots]
+            optimizer = self._optimizer()
+            assert optimizer is not None
+            parameters = _parameters(optimizer)
+            held = [id(slot.parameter) in parameters for slot in plan.slots]
             self._mask = plan, None if all(held) else bytes(held)
         return self._mask[1]
+
+
+def _parameters(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _groups(optimizer: Optimizer) -> list[tuple[int, int, bool]]:
+    """What changes when groups or their parameters do."""
+    return [
+        (id(group["params"]), len(group["params"]), group.get("amplify", True))
+        for group in optimizer.param_groups
+    ]

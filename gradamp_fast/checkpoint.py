@@ -33,8 +33,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     }
 
 
-def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) -> None:
-    """Writes a snapshot into the state; ValueError, and nothing written, if it does not fit."""
+def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) -> int:
+    """Writes a snapshot into the state and returns its epoch, -1 if none was set.
+
+    ValueError, and nothing written, if it does not fit.
+    """
     if missing := [key for key in _KEYS if key not in stored]:
         raise ValueError(f"not the state dict of an Amplifier: {', '.join(missing)} missing")
     if stored["schema"] != SCHEMA or list(stored["fields"]) != list(FIELDS):
@@ -53,6 +56,7 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     order = {name: index for index, name in enumerate(stored["layers"])}
     state.layers.copy_(rows[[order[name] for name in plan.layers]])
     state.take_means(plan, stored["sketches"])
+    return int(values[GLOBALS.index("epoch")])
 
 
 def _check_options(stored: Mapping[str, Any], options: Options) -> None:
@@ -79,7 +83,9 @@ def _check_layers(stored: Mapping[str, Any], plan: Plan) -> None:
     faults["parameters whose sketch does not fit"] = [
         name
         for name in {**means, **slots}
-        if name not in slots or name not in means or tuple(means[name].shape) != (slots[name].buckets,)
+        if name not in slots
+        or not isinstance(means.get(name), torch.Tensor)
+        or means[name].shape != (slots[name].buckets,)
     ]
     found = [f"{what}: {', '.join(map(repr, names))}" for what, names in faults.items() if names]
     if found:

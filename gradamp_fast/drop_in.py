@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .amplifier import Amplifier
-from .attach import warn_if_scale_invariant
+from .attach import innermost, warn_if_scale_invariant
 from .layers import unwrap
-from .options import Options
 
-_AMPLIFIERS: weakref.WeakKeyDictionary[nn.Module, Amplifier] = weakref.WeakKeyDictionary()
+# Each model's Amplifier, and the options as they were given last.
+_Kept = tuple[Amplifier, dict[str, Any]]
+_KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _WARNED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -42,34 +43,33 @@ def fused_amplify(
     calls the model's Amplifier; else as ``Amplifier`` and ``Amplifier.step``.
     """
     model = unwrap(model)
-    amplifier = _AMPLIFIERS.get(model)
-    if amplifier is None:
-        amplifier = _AMPLIFIERS[model] = Amplifier(model, **options)
-    elif options:
-        _compare(amplifier.options, options)
-    if amplifier._attachments and amplifier.attached:
+    kept = _KEPT.get(model)
+    amplifier = Amplifier(model, **options) if kept is None else kept[0]
+    if kept is not None and options and options != kept[1]:
+        _compare(amplifier, options)
+    if amplifier.attached:
         raise ValueError(
             "the model's Amplifier is attached to an optimizer, which calls it by itself: remove "
             "this call, or the handle that attach() returned"
         )
     if optimizer is not None and optimizer not in _WARNED:
         _WARNED.add(optimizer)
-        warn_if_scale_invariant(optimizer)
+        warn_if_scale_invariant(innermost(optimizer))
     amplifier.step(grad_scale, found_inf, unscale)
+    if kept is None:  # only now: a first call that failed binds nobody to its options
+        _KEPT[model] = amplifier, options
     return amplifier
 
 
 def reset(model: nn.Module) -> None:
     """Forgets the Amplifier that ``fused_amplify`` keeps for a model, with its options."""
-    _AMPLIFIERS.pop(unwrap(model), None)
+    _KEPT.pop(unwrap(model), None)
 
 
-def _compare(first: Options, given: dict[str, Any]) -> None:
-    later = Options.make({**first.to_dict(), "schedule": first.schedule, **given})
-    for name in given:
-        was, is_now = getattr(first, name), getattr(later, name)
-        if was != is_now:
-            raise ValueError(
-                f"{name}={given[name]!r} differs from the first call's {was!r}; call "
-                "gradamp_fast.reset(model) to begin anew with other options"
-            )
+def _compare(amplifier: Amplifier, given: dict[str, Any]) -> None:
+    for name in amplifier.options.differing(given):
+        raise ValueError(
+            f"{name}={given[name]!r} differs from the first call's "
+            f"{getattr(amplifier.options, name)!r}; call gradamp_fast.reset(model) to begin anew "
+            "with other options"
+        )

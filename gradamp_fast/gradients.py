@@ -1,4 +1,4 @@
-"""Reads the parameters' gradients and judges them: the one place that says what a gradient may be."""
+"""Reads the gradients and judges them: the one place that says what a gradient may be."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class GradientReader:
 
         ``only`` masks slots out, as if without gradient. ``walked``: the model has just been
         walked, so a gradient that went missing is no news. A gradient that is strided without
-        being dense is copied; ``write_back`` stores what became of the copy.
+        being dense, or lazily conjugated, is copied; ``write_back`` stores what became of it.
 
         Raises TypeError or ValueError, naming the parameter, before anything is written.
         """
         plan = self.plan
+        self._copies.clear()
         if any(parameter.requires_grad for parameter in plan.watched):
             return Outcome.REBIND
         wanted = [only is None or bool(only[i]) for i in range(len(plan.slots))]
         gradients = [
-            _gradient(slot) if want else None
-            for slot, want in zip(plan.slots, wanted, strict=True)
+            _gradient(slot) if want else None for slot, want in zip(plan.slots, wanted, strict=True)
         ]
         for slot, gradient, want, had in zip(
             plan.slots, gradients, wanted, self._had_gradient, strict=True
@@ -83,12 +83,13 @@ class GradientReader:
         return [None if g is None else self._flat(g) for g in gradients]
 
     def _flat(self, gradient: Tensor) -> Tensor:
-        real = torch.view_as_real(gradient.detach()) if gradient.is_complex() else gradient.detach()
-        if is_dense(real):
-            return real.as_strided((real.numel(),), (1,))
-        copy = real.contiguous()
-        self._copies.append((real, copy))
-        return copy.view(-1)
+        gradient = gradient.detach()
+        if gradient.is_conj() or gradient.is_neg() or not is_dense(gradient):
+            copy = gradient.resolve_conj().resolve_neg().contiguous()
+            self._copies.append((gradient, copy))
+            gradient = copy
+        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        return real.as_strided((real.numel(),), (1,))
 
     def write_back(self) -> None:
         """Stores the copies' contents in the gradients they were made of."""
@@ -97,19 +98,21 @@ class GradientReader:
         self._copies.clear()
 
 
-def first_device(parameters: Sequence[Parameter]) -> torch.device:
-    """Where the gradients are, or, before there are any, the parameters."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            return parameter.grad.device
-    return parameters[0].device
+def state_device(plan: Plan) -> torch.device:
+    """Where the gradients are, or, before there are any, the parameters; the CPU for meta."""
+    tensors = [slot.parameter for slot in plan.slots]
+    gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
+    device = (gradients or tensors)[0].device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory, each once, in whatever order."""
     expected = 1
     for stride, size in sorted(
-        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size != 1
     ):
         if size == 0:
             return True
@@ -154,7 +157,9 @@ def _overlaps(tensor: Tensor) -> bool:
     """Whether two elements may share memory; True where that is hard to tell."""
     end = 1
     for stride, size in sorted(
-        (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size != 1
     ):
         if stride < end:
             return True

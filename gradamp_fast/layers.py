@@ -7,16 +7,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from .options import Names, Options
 from .plan import Plan, make_plan
 
 # Inserted into names by torch.compile, FSDP and activation checkpointing.
-_INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these insert "module"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside wrappers: modules that hold nothing but ``module`` or ``_orig_mod``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     while True:
         children = model._modules
         if len(children) != 1 or model._parameters or model._buffers:
@@ -27,17 +31,26 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = child
 
 
-def clean_name(name: str) -> str:
-    """A parameter's or module's name without what wrappers inserted."""
-    for inserted in _INSERTED:
-        name = name.replace(inserted, "")
-    return name
-
-
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
-    """Every parameter once, under the first name that reaches it, in module order."""
-    for name, parameter in model.named_parameters():
-        yield clean_name(name), parameter
+    """Every parameter once, under the first name that reaches it, in module order.
+
+    Names come without what wrappers inserted.
+    """
+    seen: set[int] = set()
+    clean: dict[str, str] = {}  # of each module's path
+    parallel: set[str] = set()
+    for path, module in model.named_modules():
+        parent, _, own = path.rpartition(".")
+        inserted = own in _INSERTED or (own == "module" and parent in parallel)
+        prefix = clean.get(parent, "")
+        clean[path] = prefix if inserted else f"{prefix}.{own}" if prefix else own
+        if isinstance(module, _PARALLEL):
+            parallel.add(path)
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield f"{clean[path]}.{name}" if clean[path] else name, parameter
 
 
 def find_layers(
@@ -52,14 +65,16 @@ def find_layers(
     ``excluded`` and ``bound`` hold ids of parameters: those that are not to be amplified, and
     those that keep their place while they are frozen. ``check_names``: a glob has to match.
 
-    Raises ValueError if nothing is trainable, everything is excluded, or a glob matches no
-    parameter.
+    Raises ValueError if nothing is trainable, everything is excluded, a glob matches no
+    parameter, or a lazy module has not made its parameters yet.
     """
     included = _matcher("include", options.include, model, True, check_names)
     left_out = _matcher("exclude", options.exclude, model, False, check_names)
     members: list[tuple[str, Parameter, str | None]] = []
     watched: list[Parameter] = []
     for name, parameter in named_parameters(model):
+        if is_lazy(parameter):
+            raise ValueError(f"{name!r} has no shape yet: run the model forward once before")
         if not parameter.requires_grad and id(parameter) not in bound:
             watched.append(parameter)
             continue

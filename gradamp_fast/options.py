@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 from ._checks import nearest, one_of
@@ -74,6 +75,11 @@ class Options:
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
+        self._check()
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
+
+    def _check(self) -> None:
         check_factor(self.factor)
         one_of("measure", self.measure, get_args(Measure))
         if isinstance(self.threshold, str):
@@ -111,12 +117,6 @@ class Options:
                 )
         if not callable(self.group_by):
             one_of("group_by", self.group_by, ("module", "tensor"))
-        for option in ("include", "exclude"):
-            names = getattr(self, option)
-            if isinstance(names, str):
-                object.__setattr__(self, option, (names,))
-            elif names is not None and not callable(names):
-                object.__setattr__(self, option, tuple(names))
         for option in ("match_norm", "exclude_bias_and_norm", "error_if_nonfinite"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option}={getattr(self, option)!r} is not True or False")
@@ -125,10 +125,7 @@ class Options:
     @classmethod
     def make(cls, given: Mapping[str, Any]) -> Options:
         """Options from a mapping; ValueError names one that does not exist."""
-        names = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise ValueError(f"there is no option {name!r}{nearest(name, names)}")
+        _check_names(given)
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,10 +153,48 @@ class Options:
             if name not in NOT_STATE
         }
 
+    def differing(self, given: Mapping[str, Any]) -> list[str]:
+        """Names of the options given that are not what they are here.
+
+        A function is the same if the same lines of code made it, as with a lambda written in a
+        loop. ValueError for an option that does not exist.
+        """
+        _check_names(given)
+        return [
+            name
+            for name, value in given.items()
+            if not _same(_plain(name, value), getattr(self, name))
+        ]
+
     def needs_epochs(self) -> bool:
         """Whether a step means nothing before ``set_epoch``."""
         by_epoch = self.schedule is not None and self.schedule.unit == "epoch"
         return by_epoch or self.refresh == "epoch"
+
+
+def _check_names(given: Iterable[str]) -> None:
+    names = [field.name for field in fields(Options)]
+    for name in given:
+        if name not in names:
+            raise ValueError(f"there is no option {name!r}{nearest(name, names)}")
+
+
+def _plain(option: str, value: Any) -> Any:
+    """The value without what could change later or cannot be stored: numpy numbers, lists."""
+    if option in ("include", "exclude") and value is not None and not callable(value):
+        return (value,) if isinstance(value, str) else tuple(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def _same(a: object, b: object) -> bool:
+    return a == b or (
+        isinstance(a, FunctionType)
+        and isinstance(b, FunctionType)
+        and a.__qualname__ == b.__qualname__
+        and a.__code__ == b.__code__
+    )
 
 
 def check_factor(value: object) -> None:

@@ -54,15 +54,18 @@ class Plan:
     buckets: int
     watched: tuple[Parameter, ...]
 
+    def laid_out_like(self, other: Plan) -> bool:
+        """Whether a state of one is a state of the other."""
+        return self.layers == other.layers and [
+            (slot.name, slot.layer, slot.numel) for slot in self.slots
+        ] == [(slot.name, slot.layer, slot.numel) for slot in other.slots]
+
     def serves_the_same(self, other: Plan) -> bool:
         """Whether both bind the same parameters in the same way."""
         return (
-            self.layers == other.layers
-            and len(self.slots) == len(other.slots)
+            self.laid_out_like(other)
             and all(
-                (a.name, a.layer, a.numel) == (b.name, b.layer, b.numel)
-                and a.parameter is b.parameter
-                for a, b in zip(self.slots, other.slots, strict=True)
+                a.parameter is b.parameter for a, b in zip(self.slots, other.slots, strict=True)
             )
             and {id(p) for p in self.watched} == {id(p) for p in other.watched}
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-
 from . import reference
 from .options import Options
 from .plan import Plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Schedule:
         if not self.windows:
             raise ValueError("Schedule needs at least one window (start, stop[, factor])")
         ordered = sorted(self.windows, key=lambda window: window[:2])
-        for earlier, later in zip(ordered, ordered[1:], strict=False):
+        for earlier, later in itertools.pairwise(ordered):
             if later[0] < earlier[1]:
                 raise ValueError(f"Schedule windows {earlier} and {later} overlap")
 

@@ -117,5 +117,7 @@ class State:
             if name in rows and index not in changed:
                 self.layers[index] = old.layers[rows[name]]
         means = old.means(old_plan)
-        kept = {s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed}
+        kept = {
+            s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed
+        }
         self.take_means(plan, kept)
