@@ -65,6 +65,13 @@ std::optional<DType> dtype_of(const at::Tensor& tensor) {
   }
 }
 
+bool is_subclass(const at::Tensor& tensor) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (impl->is_python_dispatch()) return true;
+  PyObject* object = impl->pyobj_slot()->load_pyobj();
+  return object && !THPVariable_CheckExact(object);
+}
+
 }  // namespace
 
 Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
@@ -108,8 +115,7 @@ Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
 bool Plan::take(size_t index, const at::Tensor& gradient) {
   const std::optional<DType> dtype = dtype_of(gradient);
   if (!dtype || gradient.layout() != at::kStrided || gradient.device() != values_.device() ||
-      gradient.numel() != numel_[index] || gradient.is_neg() ||
-      gradient.unsafeGetTensorImpl()->is_python_dispatch() ||
+      gradient.numel() != numel_[index] || gradient.is_neg() || is_subclass(gradient) ||
       !gradient.unsafeGetTensorImpl()->is_non_overlapping_and_dense())
     return false;
   gradients_[index] = gradient;
@@ -120,18 +126,17 @@ bool Plan::take(size_t index, const at::Tensor& gradient) {
 
 Outcome Plan::collect(const char* only, bool walked) {
   for (const py::object& parameter : watched_)
-    if (THPVariable_Unpack(parameter.ptr()).requires_grad()) return Outcome::kUnusual;
+    if (THPVariable_Unpack(parameter.ptr()).requires_grad()) return Outcome::kRebind;
   bool any = false;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    const at::Tensor& parameter = THPVariable_Unpack(parameters_[i].ptr());
-    if (!parameter.requires_grad()) return Outcome::kUnusual;
     if (only && !only[i]) continue;
+    const at::Tensor& parameter = THPVariable_Unpack(parameters_[i].ptr());
     const at::Tensor& gradient = parameter.grad();
-    if (gradient.defined()) {
+    if (parameter.requires_grad() && gradient.defined()) {
       if (!take(i, gradient)) return Outcome::kUnusual;
       any = true;
     } else if (had_gradient_[i] && !walked) {
-      return Outcome::kUnusual;
+      return Outcome::kRebind;
     }
   }
   return any ? Outcome::kDone : Outcome::kEmpty;

@@ -13,9 +13,10 @@
 
 namespace gradamp {
 
-// What a step did. kUnusual: nothing; Python looks closer, for it holds the rules of what
-// a gradient may be and the errors that name a parameter.
-enum class Outcome : int { kDone = 0, kEmpty = 1, kUnusual = 2 };
+// What a step did; all but kDone: nothing. kRebind: the model may have changed. kUnusual:
+// Python looks closer, for it holds the rules of what a gradient may be and the errors that
+// name a parameter. The first three are those of gradients.Outcome.
+enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3 };
 
 class __attribute__((visibility("hidden"))) Plan {
  public:
@@ -24,8 +25,9 @@ class __attribute__((visibility("hidden"))) Plan {
        const std::vector<int64_t>& first_bucket, int64_t num_layers, const py::dict& options,
        at::Tensor values, at::Tensor sketch, at::Tensor parity);
 
-  // Parameters whose byte in `only` is 0 count as having no gradient. Unless `walked`, a
-  // parameter that had a gradient on its last step and has none now is unusual.
+  // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
+  // Unless `walked`, a parameter that had a gradient on its last step and has none now asks
+  // for a walk of the model.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
                const std::optional<py::bytes>& only, bool walked);

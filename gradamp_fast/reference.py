@@ -21,7 +21,6 @@ from .options import Options
 from .plan import Plan, Slot
 from .state import FIELDS, State
 
-
 # ---- the sketch ---------------------------------------------------------------------
 
 
@@ -45,7 +44,10 @@ def _signs(capacity: int, device: torch.device) -> Tensor:
 
 
 def bucket_sums(values: Tensor, bucket_log2: int) -> Tensor:
-    """Signed sums of runs of ``2**bucket_log2`` elements: [n] -> [buckets], the last run may be short."""
+    """Signed sums of runs of ``2**bucket_log2`` elements: [n] -> [buckets].
+
+    The last run may be short.
+    """
     signed = values * signs(values.numel(), values.device)
     length = 1 << bucket_log2
     padding = -values.numel() % length
@@ -55,10 +57,13 @@ def bucket_sums(values: Tensor, bucket_log2: int) -> Tensor:
 # ---- statistics ---------------------------------------------------------------------
 
 
+_ROW = 4096
+
+
 class Sums(NamedTuple):
     """One step's statistics, one entry for each layer with a gradient: fp64 [layers]."""
 
-    count: Tensor
+    numel: Tensor
     mean: Tensor
     m2: Tensor  # sum of squared deviations from the mean
     power: Tensor  # sum of s^2 over the buckets s
@@ -67,12 +72,12 @@ class Sums(NamedTuple):
     after: Tensor  # sum of h^2 after this step
 
     def finite(self) -> Tensor:
-        total = self.m2 + self.count * self.mean**2 + self.power + self.dot.abs() + self.after
+        total = self.m2 + self.numel * self.mean**2 + self.power + self.dot.abs() + self.after
         return torch.isfinite(total).all()
 
     def squares(self) -> Tensor:
         """Sum of squared elements."""
-        return self.m2 + self.count * self.mean**2
+        return self.m2 + self.numel * self.mean**2
 
 
 @functools.lru_cache(maxsize=256)
@@ -81,11 +86,19 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     return torch.tensor(values, dtype=dtype, device=device)
 
 
+def _sum(values: Tensor) -> Tensor:
+    """Sum of a vector: rows first, so that its order does not depend on the threads at work."""
+    while values.numel() > _ROW:
+        rows = torch.nn.functional.pad(values, (0, -values.numel() % _ROW)).view(-1, _ROW)
+        values = rows.sum(dim=1)
+    return values.sum()
+
+
 def _moments(values: Tensor) -> Tensor:
     """Count, mean and sum of squared deviations of an fp64 tensor: [3]."""
-    mean = values.mean()
     count = _constant((float(values.numel()),), torch.float64, values.device).squeeze()
-    return torch.stack((count, mean, (values - mean).square().sum()))
+    mean = _sum(values) / count
+    return torch.stack((count, mean, _sum((values - mean).square())))
 
 
 def _merge(moments: Sequence[Tensor]) -> Tensor:
@@ -114,7 +127,7 @@ def _measure(
         after = (h + weights[slot.layer] * (s - h)).float()
         products = (s.square(), s * h, h.square(), after.double().square())
         moments.setdefault(slot.layer, []).append(_moments(values))
-        sketches.setdefault(slot.layer, []).append(torch.stack([p.sum() for p in products]))
+        sketches.setdefault(slot.layer, []).append(torch.stack([_sum(p) for p in products]))
         means.append(after)
     rows = [
         torch.cat((_merge(moments[layer]), torch.stack(sketches[layer]).sum(dim=0)))
@@ -140,7 +153,7 @@ def _updated(rows: Tensor, sums: Sums, amplified: Tensor, decay: float) -> Tenso
     step_of_agreement = (agreement - old["agreement"]) / old["weight_sum"]
     new["agreement"] = old["agreement"] + torch.where(old["steps"] >= 1, step_of_agreement, 0.0)
 
-    new["variance"] = old["variance"] + w * (sums.m2 / sums.count - old["variance"])
+    new["variance"] = old["variance"] + w * (sums.m2 / sums.numel - old["variance"])
     new["power"] = old["power"] + w * (sums.power - old["power"])
     new["mean_power"] = sums.after
     new["noise"] = (1 - w) ** 2 * old["noise"] + w**2 * sums.power
@@ -316,7 +329,7 @@ def _norm(
     excluded = squares.new_zeros(())
     for slot, gradient in zip(plan.slots, gradients, strict=True):
         if slot.layer < 0 and gradient is not None:
-            excluded = excluded + (gradient.double() * inverse).square().sum()
+            excluded = excluded + _sum((gradient.double() * inverse).square())
     before = squares.sum() + excluded
     after = (multipliers.square() * squares).sum() + excluded
     if options.match_norm:

@@ -15,20 +15,18 @@ constexpr int kWordBits = 32;
 
 constexpr int64_t kMaxBuckets = 4096;  // of a tile: buckets of one element, or 1/16 of its elements
 
-// What is added up for the moments. Every lane has a shift of its own, its first element,
-// so that neither a large mean nor an outlier at the front costs accuracy.
+// What is added up for the moments. Every lane has a shift of its own, close to its elements,
+// so that a large mean costs no accuracy.
 struct LaneSums {
   f32x16 shift[kVectors];
   f32x16 d[kVectors] = {};
   f32x16 d2[kVectors] = {};
 
-  void add(int v, f32x16 x) {
-    const f32x16 delta = x - shift[v];
+  void add(int v, f32x16 delta) {
     d[v] += delta;
     d2[v] += delta * delta;
   }
-  void add_first(int v, f32x16 x, int lanes) {
-    const f32x16 delta = x - shift[v];
+  void add_first(int v, f32x16 delta, int lanes) {
     for (int i = 0; i < lanes; ++i) d[v][i] += delta[i], d2[v][i] += delta[i] * delta[i];
   }
 };
@@ -40,7 +38,25 @@ inline double lane_count(int64_t n, int v, int i) {
   return static_cast<double>(full / kVectors + one_more);
 }
 
-Moments combine(const LaneSums& sums, int64_t n, double scale) {
+inline f32x16 smaller(f32x16 a, f32x16 b) { return a < b ? a : b; }
+inline f32x16 larger(f32x16 a, f32x16 b) { return a < b ? b : a; }
+
+// Each lane's first element, or the median of its first three, which is no outlier: all
+// others would lie far from that, and their squares would hide the variance.
+template <class T>
+void choose_shifts(const T* data, int64_t n, LaneSums& sums) {
+  for (int v = 0; v < kVectors; ++v) {
+    const T* p = data + v * kLanes;
+    sums.shift[v] = load16(p);
+    if (n < 3 * kBlock) continue;
+    const f32x16 a = sums.shift[v], b = load16(p + kBlock), c = load16(p + 2 * kBlock);
+    sums.shift[v] = larger(smaller(a, b), smaller(larger(a, b), c));
+  }
+}
+
+// `shift_unit` and `delta_unit`: what 1 stands for in the shifts and in the sums.
+Moments combine(const LaneSums& sums, int64_t n, double shift_unit = 1.0,
+                double delta_unit = 1.0) {
   f64x8 count[2 * kVectors], mean[2 * kVectors];
   f64x8 total = {}, m2 = {};
   for (int v = 0; v < kVectors; ++v) {
@@ -52,8 +68,8 @@ Moments combine(const LaneSums& sums, int64_t n, double scale) {
       const int k = 2 * v + half;
       for (int i = 0; i < 8; ++i) count[k][i] = lane_count(n, v, 8 * half + i);
       const f64x8 mean_d = d[half] / count[k];
-      mean[k] = shift[half] + mean_d;
-      m2 += d2[half] - d[half] * mean_d;
+      mean[k] = shift[half] * shift_unit + mean_d * delta_unit;
+      m2 += (d2[half] - d[half] * mean_d) * delta_unit * delta_unit;
       total += count[k] * mean[k];
     }
   }
@@ -63,24 +79,29 @@ Moments combine(const LaneSums& sums, int64_t n, double scale) {
     m2 += count[k] * delta * delta;
   }
   const double spread = sum_lanes(m2);
-  return {static_cast<double>(n), centre / scale, (spread < 0.0 ? 0.0 : spread) / scale / scale};
+  return {static_cast<double>(n), centre, spread < 0.0 ? 0.0 : spread};
 }
 
-// Moments of n >= kBlock elements whose squares leave the range of fp32, scaled into it.
+// Moments of n >= kBlock elements whose squares leave the range of fp32, taken again with
+// differences scaled into it: small ones are scaled up, elements that are large down.
 template <class T>
-Moments scaled_moments(const T* data, int64_t n, float scale) {
-  LaneSums sums;
-  for (int v = 0; v < kVectors; ++v) sums.shift[v] = load16(data + v * kLanes) * scale;
+Moments scaled_moments(const T* data, int64_t n, LaneSums sums, bool small) {
+  const float before = small ? 1.0f : 0x1p-96f, after = small ? 0x1p96f : 1.0f;
+  for (int v = 0; v < kVectors; ++v) {
+    sums.shift[v] *= before;
+    sums.d[v] = sums.d2[v] = f32x16{};
+  }
+  const auto delta = [&](const T* p, int v) { return (load16(p) * before - sums.shift[v]) * after; };
   int64_t i = 0;
   for (int v = 0; i + kLanes <= n; i += kLanes, v = (v + 1) % kVectors)
-    sums.add(v, load16(data + i) * scale);
+    sums.add(v, delta(data + i, v));
   if (i < n) {
     T last[kLanes] = {};
     std::memcpy(last, data + i, (n - i) * sizeof(T));
-    sums.add_first(static_cast<int>(i / kLanes % kVectors), load16(last) * scale,
-                   static_cast<int>(n - i));
+    const int v = static_cast<int>(i / kLanes % kVectors);
+    sums.add_first(v, delta(last, v), static_cast<int>(n - i));
   }
-  return combine(sums, n, scale);
+  return combine(sums, n, 1.0 / before, 1.0 / (static_cast<double>(before) * after));
 }
 
 inline f32x16 flip_signs(f32x16 x, uint32_t word, u32x16 shift) {
@@ -96,7 +117,7 @@ Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets)
   const u32x16 to_sign[2] = {low, low - 16u};
 
   LaneSums sums;
-  for (int v = 0; v < kVectors; ++v) sums.shift[v] = load16(data + v * kLanes);
+  choose_shifts(data, n, sums);
   f32x16 bucket[kVectors] = {};
   uint32_t word_index = static_cast<uint32_t>(first / kWordBits);
 
@@ -112,7 +133,7 @@ Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets)
     for (int v = 0; v < kVectors; ++v) {
       const f32x16 x = load16(data + i + v * kLanes);
       const f32x16 signed_x = flip_signs(x, sign_word(word_index + v / 2), to_sign[v % 2]);
-      sums.add(v, x);
+      sums.add(v, x - sums.shift[v]);
       if constexpr (kBucketLog2 == 0) store16(buckets + i + v * kLanes, signed_x);
       if constexpr (kBucketLog2 == 4) buckets[(i >> 4) + v] = sum_lanes(signed_x);
       if constexpr (kBucketLog2 == 9) bucket[v] += signed_x;
@@ -131,7 +152,7 @@ Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets)
     std::memcpy(last, data + i, lanes * sizeof(T));
     const f32x16 x = load16(last);
     const f32x16 signed_x = flip_signs(x, sign_word(word_index + v / 2), to_sign[v % 2]);
-    sums.add_first(v, x, lanes);
+    sums.add_first(v, x - sums.shift[v], lanes);
     if constexpr (kBucketLog2 == 0) std::memcpy(buckets + i, &signed_x, lanes * sizeof(float));
     if constexpr (kBucketLog2 == 4) buckets[i >> 4] = sum_lanes(signed_x);
     if constexpr (kBucketLog2 == 9) bucket[v] += signed_x;
@@ -141,8 +162,8 @@ Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets)
 
   float squares = 0.0f;
   for (int v = 0; v < kVectors; ++v) squares += sum_lanes(sums.d2[v]);
-  if (squares >= 1e-28f && squares <= 1e34f) return combine(sums, n, 1.0);
-  return scaled_moments(data, n, squares < 1e-28f ? 0x1p96f : 0x1p-96f);
+  if (squares >= 1e-28f && squares <= 1e34f) return combine(sums, n);
+  return scaled_moments(data, n, sums, squares < 1e-28f);
 }
 
 // Few elements, or fp64: two passes in fp64.

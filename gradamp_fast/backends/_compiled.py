@@ -45,7 +45,7 @@ class CompiledBackend:
         walked: bool,
     ) -> Outcome:
         outcome = self.compiled.step(grad_scale, found_inf, unscale, only, walked)
-        if outcome < 2:
+        if outcome <= Outcome.REBIND:
             return Outcome(outcome)
         # Something is unusual: look closer, and raise, rebind, or go on with what was copied.
         gradients = self.reader.read(only, walked)
