@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,7 @@ from bench.train import Recipe, Result, train_watched
 from gradamp_fast import Report
 from gradamp_fast.plot import heatmap
 
-RECIPE = Recipe(arch="resnet18", epochs=15, batch=64, lr=0.4)
+RECIPE = Recipe(arch="resnet18", epochs=15, batch=64, lr=0.2, warmup=0.2)
 # 22 steps an epoch: with the usual 100 steps before the first decision little would be left to see.
 AMPLIFY = {"factor": 2.0, "measure": "fluctuation", "min_steps": 20, "refresh": 20, "decay": 0.95}
 
@@ -44,17 +45,17 @@ def layer_table(history: Sequence[Report]) -> Table:
     """The last report, one row a layer, and how much of the run the layer was amplified."""
     last = history[-1]
     counted = last.steps - last.skipped_steps
-    table = Table(title="Layers at the end of the amplified run", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, title="Layers at the end of the amplified run")
     table.add_column("layer", no_wrap=True)
-    for heading in ("elements", "fluctuation", "variance", "amplified now", "amplified steps"):
-        table.add_column(heading, justify="right")
+    for heading in ("elements", "variance", "fluctuation", "factor", "steps amplified"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in last.layers:
         table.add_row(
             layer.name,
             f"{layer.numel:,}",
-            f"{layer.fluctuation:+.3f}",
             f"{layer.variance:.2e}",
-            f"x{AMPLIFY['factor']:g}" if layer.selected else "",
+            f"{layer.fluctuation:+.3f}",
+            f"x{layer.factor:g}" if layer.selected else "",
             f"{layer.amplified_steps / counted:.0%}",
         )
     return table
