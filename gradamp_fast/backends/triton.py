@@ -1,0 +1,184 @@
+"""Triton: the step in one kernel launch, compiled on first use."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..gradients import GradientReader, Outcome
+from ..options import Options
+from ..plan import Plan
+from ..state import State
+from ._compiled import for_kernel
+
+
+class TritonBackend:
+    """The fused step without a compiler of C++ or CUDA; reads the gradients in Python.
+
+    Captured in a CUDA graph, a step copies the table of addresses from memory that the backend
+    owns: the backend must live as long as the graph.
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, plan: Plan, state: State, options: Options) -> None:
+        from .triton_kernels.host import DTYPE_BITS, AddressTable, Launcher, Tables
+
+        self.device = state.device
+        self.on_gpu = self.device.type == "cuda"
+        if self.on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step cannot be captured before the Amplifier has its tables on the device: "
+                "call amplifier.prepare() or take one step first"
+            )
+        self.reader = GradientReader(plan, self.device)
+        self.bits = DTYPE_BITS
+        with torch.cuda.device(self.device if self.on_gpu else -1):
+            tables = Tables(plan, self.device)
+            numbers = torch.tensor(configuration(options), dtype=torch.float64)
+            self.addresses = AddressTable(len(plan.slots), self.device)
+            self.launcher = Launcher(
+                (
+                    state.values,
+                    state.sketch,
+                    state.parity,
+                    numbers.to(self.device),
+                    *tables.pointers,
+                ),
+                self.addresses.upload([None] * len(plan.slots)),
+                (
+                    plan.measured,
+                    len(plan.layers),
+                    plan.buckets,
+                    tables.measured_tiles,
+                    tables.tiles,
+                ),
+                self.device,
+                options.timing == "exact" or options.match_norm or options.max_norm is not None,
+            )
+            self.dtypes = 0
+            self._take_dtypes([slot.parameter for slot in plan.slots])
+            if self.on_gpu:
+                self.stream = torch.cuda.current_stream()
+                self.done = torch.cuda.Event()
+                self.done.record(self.stream)
+
+    def _take_dtypes(self, tensors: list[Tensor]) -> None:
+        for dtype in {tensor.dtype for tensor in tensors}:
+            self.dtypes |= self.bits.get(dtype.to_real() if dtype.is_complex else dtype, 0)
+        self.launcher.load(self.dtypes)
+
+    def step(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        only: bytes | None,
+        walked: bool,
+    ) -> Outcome:
+        gradients = self.reader.read(only, walked)
+        if isinstance(gradients, Outcome):
+            return gradients
+        if self.on_gpu and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                self._run(gradients, grad_scale, found_inf, unscale)
+        else:
+            self._run(gradients, grad_scale, found_inf, unscale)
+        self.reader.write_back()
+        return Outcome.DONE
+
+    def _run(
+        self,
+        gradients: list[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+    ) -> None:
+        present = [gradient for gradient in gradients if gradient is not None]
+        self._take_dtypes(present)
+        capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
+        if self.on_gpu and not capturing:
+            stream = torch.cuda.current_stream()
+            if stream != self.stream:
+                stream.wait_event(self.done)
+                self.stream = stream
+        self.launcher(
+            self.dtypes,
+            self.addresses.upload(gradients),
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
+            unscale,
+        )
+        if self.on_gpu and not capturing:
+            self.done.record(self.stream)
+        # Which ones were written is known on the device only.
+        torch.autograd.graph.increment_version(
+            present if found_inf is None else [*present, found_inf]
+        )
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type == "cpu" and not interpreted:
+            return "triton serves CPU tensors only under TRITON_INTERPRET=1"
+        if device.type not in ("cpu", "cuda"):
+            return f"the triton backend serves gradients on a GPU of torch.cuda, not {device.type}"
+        if device.type == "cuda" and interpreted:
+            return "under TRITON_INTERPRET=1 triton serves CPU tensors only: unset it"
+        return _interpreter_problem() if interpreted else _compiler_problem()
+
+
+def configuration(options: Options) -> list[float]:
+    """The options as numbers, in the order of the constants in triton_kernels/layers.py."""
+    given = for_kernel(options)
+    windows = given["windows"]
+    return [
+        *(
+            float(given[name])
+            for name in (
+                "measure", "threshold", "select", "schedule_unit", "exact", "match_norm",
+                "max_norm", "threshold_value", "decay", "min_steps", "refresh",
+            )
+        ),
+        float(len(windows)),
+        *(number for window in windows for number in window),
+    ]  # fmt: skip
+
+
+def _import_problem() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error}): pip install triton"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"triton {triton.__version__} is too old: install 3.6 or newer"
+    return None
+
+
+def _interpreter_problem() -> str | None:
+    if problem := _import_problem():
+        return problem
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if not isinstance(tl.sum, InterpretedFunction):
+        return "TRITON_INTERPRET was set after triton was imported: set it before Python starts"
+    return None
+
+
+@functools.cache
+def _compiler_problem() -> str | None:
+    """Why triton cannot compile for the current GPU. It needs a C compiler for its launcher."""
+    if problem := _import_problem():
+        return problem
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # whatever a driver or compiler that is missing raises
+        return f"triton cannot use this GPU: {error}"
+    return None

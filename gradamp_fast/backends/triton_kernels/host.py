@@ -1,0 +1,208 @@
+"""What the host keeps for the kernel: its tables and workspace, the addresses, the launches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from ...plan import Plan, Slot
+from . import step, tile
+
+INTERPRETED: bool = knobs.runtime.interpret
+DTYPE_BITS = {
+    torch.float32: step.FLOAT32.value,
+    torch.bfloat16: step.BFLOAT16.value,
+    torch.float16: step.FLOAT16.value,
+    torch.float64: step.FLOAT64.value,
+}
+_TAGS = {dtype: index << step.DTYPE_SHIFT.value for index, dtype in enumerate(DTYPE_BITS)}
+_TILE: int = tile.TILE.value
+_GROUP: int = step.GROUP.value
+_ROW: int = step.ROW.value
+# Programs on a processor at a time: as many as every GPU takes, if registers allow.
+_MAX_PROGRAMS = 16
+_REGISTERS, _WARP, _GRANULE = 65536, 32, 8
+
+
+class Tables:
+    """Where tensors, tiles and layers lie, and the workspace; made once, on the device.
+
+    ``pointers`` holds them in the order of the kernel's parameters.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        layers = len(plan.layers)
+        tile_tensor: list[int] = []
+        tensors: list[tuple[int, ...]] = []
+        tiles_of = [0] * (layers + 1)
+        for index, slot in enumerate(plan.slots):
+            tiles = -(-slot.numel // _TILE)
+            tensors.append(_tensor_row(slot, len(tile_tensor)))
+            tile_tensor += [index] * tiles
+            tiles_of[slot.layer] += tiles  # -1, the excluded, is the last
+            if slot.layer >= 0:
+                self.measured_tiles = len(tile_tensor)
+        if plan.measured == 0:
+            self.measured_tiles = 0
+        self.tiles = len(tile_tensor)
+
+        layer_tiles, first, groups = [], 0, 0
+        for tiles in tiles_of:
+            of_layer = -(-tiles // _GROUP)
+            layer_tiles.append((first, tiles, groups, of_layer))
+            first, groups = first + tiles, groups + of_layer
+
+        def rows(count: int) -> Tensor:
+            return torch.zeros((max(count, 1), _ROW), dtype=torch.float64, device=device)
+
+        tickets = step.LAYER_TICKETS.value + layers + 1 + groups
+        self.pointers = (
+            torch.tensor(tensors, dtype=torch.int64, device=device),
+            torch.tensor(tile_tensor or [0], dtype=torch.int32, device=device),
+            torch.tensor(layer_tiles, dtype=torch.int32, device=device),
+            rows(self.tiles),
+            rows(groups),
+            rows(layers + 1),
+            torch.zeros(max(layers, 1), dtype=torch.float64, device=device),  # scores
+            torch.zeros(3, dtype=torch.float64, device=device),  # verdict
+            torch.zeros(tickets, dtype=torch.int32, device=device),
+        )
+
+
+def _tensor_row(slot: Slot, first_tile: int) -> tuple[int, ...]:
+    bucket_log2 = slot.bucket_log2 if slot.layer >= 0 else -1
+    return (slot.numel, first_tile, slot.first_bucket, slot.layer, bucket_log2, 0, 0, 0)
+
+
+class AddressTable:
+    """Addresses of the gradients on the device, uploaded when one has changed.
+
+    A step that is captured in a CUDA graph gets a table of its own, copied from pinned memory
+    that nothing writes again: the graph copies it at every replay.
+    """
+
+    SPARES = 8  # steps with different addresses that may be captured without an eager one between
+
+    def __init__(self, tensors: int, device: torch.device) -> None:
+        self.device = device
+        self._words: tuple[int, ...] = ()
+        self._table = torch.zeros(tensors, dtype=torch.int64, device=device)
+        self._captured: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._spares: list[tuple[Tensor, Tensor]] = []
+        self._refill()
+
+    def _refill(self) -> None:
+        while self.device.type == "cuda" and len(self._spares) < self.SPARES:
+            pinned = torch.zeros(self._table.numel(), dtype=torch.int64, pin_memory=True)
+            self._spares.append((pinned, torch.zeros_like(self._table)))
+
+    def upload(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The table on the device: int64 [tensors], address and dtype, 0 without elements."""
+        words = tuple(
+            0 if g is None or g.numel() == 0 else g.data_ptr() | _TAGS[g.dtype] for g in gradients
+        )
+        if self.device.type != "cuda":
+            self._table.copy_(torch.tensor(words, dtype=torch.int64))
+        elif torch.cuda.is_current_stream_capturing():
+            return self._capture(words)
+        elif words != self._words:
+            self._refill()
+            # torch's allocator of pinned memory keeps the block until the copy is made.
+            staged = torch.tensor(words, dtype=torch.int64, pin_memory=True)
+            self._table.copy_(staged, non_blocking=True)
+            self._words = words
+        return self._table
+
+    def _capture(self, words: tuple[int, ...]) -> Tensor:
+        if words not in self._captured:
+            if not self._spares:
+                raise RuntimeError(
+                    f"{self.SPARES} steps with different gradients were captured in CUDA graphs "
+                    "without an eager one between: take an eager step first"
+                )
+            pinned, table = self._spares.pop()
+            pinned.copy_(torch.tensor(words, dtype=torch.int64))
+            self._captured[words] = pinned, table
+        pinned, table = self._captured[words]
+        table.copy_(pinned, non_blocking=True)
+        return table
+
+
+class Launcher:
+    """Launches the kernel with the parameters that stay the same for one plan.
+
+    ``parameters`` are the tensors before ``addresses``, ``sizes`` the numbers between
+    ``found_inf`` and ``unscale``. One compilation for each set of dtypes.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        table: Tensor,
+        sizes: Sequence[int],
+        device: torch.device,
+        two_phases: bool,
+    ) -> None:
+        self.parameters, self.sizes, self.device = tuple(parameters), tuple(sizes), device
+        self.two_phases, self.cooperative = two_phases, two_phases and not INTERPRETED
+        self._table = table
+        self._tiles = max(max(sizes[-2:]), 1)
+        self._launch: dict[int, Any] = {}
+
+    def load(self, dtypes: int) -> None:
+        """Compiles and loads for a set of dtypes, a bit for each, unless that is done."""
+        if dtypes in self._launch:
+            return
+        if INTERPRETED:
+            self._launch[dtypes] = step.step_kernel[(min(self._tiles, 3),)]
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step cannot be captured before its kernel is compiled: call "
+                "amplifier.prepare() or take one step with gradients of these dtypes first"
+            )
+        try:
+            self._launch[dtypes] = self._bind(dtypes)
+        except RuntimeError:
+            if not self.cooperative:
+                raise
+            self.cooperative = False  # refused: two launches have equal bits
+            self._launch[dtypes] = self._bind(dtypes)
+
+    def _bind(self, dtypes: int) -> Any:
+        arguments = (*self.parameters, self._table, 0, 0, *self.sizes, 0, 0, dtypes, False)
+        kernel = step.step_kernel.warmup(
+            *arguments, grid=(1,), num_warps=1, enable_fp_fusion=True,
+            launch_cooperative_grid=self.cooperative,
+        )  # fmt: skip
+        kernel[(1,)](*arguments)  # loads it; phases 0 do nothing
+        registers = -(-kernel.n_regs // _GRANULE) * _GRANULE * _WARP
+        resident = min(_REGISTERS // registers, _MAX_PROGRAMS)
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        grid = (min(self._tiles, processors * resident), 1, 1)
+        kernel[grid](*arguments)  # a refusal of this grid shows here
+        return kernel[grid]
+
+    @functools.cached_property
+    def _first(self) -> tuple[Any, ...]:
+        """Addresses spare the launch a look at each tensor; the interpreter wants tensors."""
+        if INTERPRETED:
+            return self.parameters
+        return tuple(parameter.data_ptr() for parameter in self.parameters)
+
+    def __call__(
+        self, dtypes: int, table: Tensor, grad_scale: int, found_inf: int, unscale: bool
+    ) -> None:
+        launch = self._launch[dtypes]
+        addresses = table if INTERPRETED else table.data_ptr()
+        phases = (3,) if self.cooperative else (1, 2) if self.two_phases else (1,)
+        for phase in phases:
+            launch(
+                *self._first, addresses, grad_scale, found_inf, *self.sizes, int(unscale), phase,
+                dtypes, INTERPRETED,
+            )  # fmt: skip

@@ -1,0 +1,294 @@
+"""The step in one launch.
+
+Programs measure tiles (and multiply those of layers selected before); the last program of a
+layer adds the layer up; the last of all commits the state and decides. Where what is written
+depends on this step's sums, the programs wait for that and multiply in a second phase.
+
+Programs tell each other that they are done by tickets: one more atomic increment each, and the
+one that takes the last resets it. Sums are added in the order of tiles, whoever adds them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layers import (
+    EXACT, FIELDS, GLOBALS, ROW, SELECTED, SKIPPED, STEP, active_factor, apply_norm, commit,
+    is_finite, needs_norm, next_weight, store_total, total,
+)  # fmt: skip
+from .tile import TILE, fold_buckets, measure_elements, multiply_elements
+
+MEASURE, MULTIPLY, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # phases
+GROUP = tl.constexpr(256)  # tiles of one layer whose sums are added before the layer's are
+
+# Columns of the tables, and places among the tickets.
+TENSOR_FIELDS = tl.constexpr(8)
+NUMEL, FIRST_TILE, FIRST_BUCKET, LAYER, BUCKET_LOG2 = (tl.constexpr(i) for i in range(5))
+LAYER_FIELDS = tl.constexpr(4)
+TILES_FROM, TILES, GROUPS_FROM, GROUPS = (tl.constexpr(i) for i in range(4))
+PROGRAMS, GENERATION, SPOILT, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
+
+DTYPE_SHIFT = tl.constexpr(60)  # an address and the dtype behind it share a word
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = (tl.constexpr(1 << i) for i in range(4))
+
+
+@triton.jit
+def _is_last(ticket, count):
+    """Whether all ``count`` tickets are taken; the last sees what the others stored before."""
+    tl.debug_barrier()
+    taken = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = taken == count - 1
+    if last:
+        tl.store(ticket, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _inverse_scale(grad_scale):
+    """1 / grad_scale, given the address of a float or 0."""
+    inverse = tl.full([], 1.0, tl.float64)
+    if grad_scale != 0:
+        inverse = 1.0 / tl.load(grad_scale.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return inverse
+
+
+@triton.jit
+def _publish(tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile, layer, layers, inverse):
+    """The last program of a group of tiles adds it up, the last of a layer's groups the layer."""
+    of_layer = layer_tiles + layer * LAYER_FIELDS
+    first, tiles = tl.load(of_layer + TILES_FROM), tl.load(of_layer + TILES)
+    first_group, groups = tl.load(of_layer + GROUPS_FROM), tl.load(of_layer + GROUPS)
+    number = (tile - first) // GROUP
+    begin = number * GROUP
+    count = tl.minimum(tiles - begin, GROUP)
+    group = first_group + number
+    if _is_last(tickets + LAYER_TICKETS + layers + 1 + group, count):
+        n, mean, m2, power, dot, old, new = total(tile_rows + (first + begin) * ROW, count)
+        store_total(group_rows + group * ROW, n, mean, m2, power, dot, old, new)
+        if _is_last(tickets + LAYER_TICKETS + layer, groups):
+            n, mean, m2, power, dot, old, new = total(
+                group_rows + first_group * ROW, groups
+            )
+            mean = mean * inverse
+            m2 = m2 * inverse * inverse
+            store_total(layer_rows + layer * ROW, n, mean, m2, power, dot, old, new)
+            sound = is_finite(m2 + n * mean * mean) & is_finite(power + new) & is_finite(dot)
+            if (layer < layers) & (n > 0) & (not sound):
+                tl.store(tickets + SPOILT, 1)
+
+
+@triton.jit
+def _measure_tile(
+    values, sketch, parity, config, tensors, addresses, row, tensor, tile, inverse, multiplier,
+    measured, buckets, DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    info = tensors + tensor * TENSOR_FIELDS
+    tagged = tl.load(addresses + tensor)
+    dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
+    address = tagged & ((1 << 60) - 1)
+    if address == 0:
+        for i in tl.static_range(8):
+            tl.store(row + i, inverse * 0.0)
+    else:
+        first = (tile - tl.load(info + FIRST_TILE)) * TILE
+        count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
+        bucket_log2 = tl.load(info + BUCKET_LOG2).to(tl.int32)
+        before, after = sketch, sketch
+        if bucket_log2 >= 0:
+            side = tl.load(parity + tensor).to(tl.int64)
+            place = sketch + tl.load(info + FIRST_BUCKET) + (first >> bucket_log2)
+            before, after = place + side * buckets, place + (1 - side) * buckets
+        if FLOAT32 & DTYPES:
+            if dtype == 0:
+                measure_elements(
+                    address + first * 4, first, count, multiplier, after, bucket_log2, row,
+                    tl.float32, tl.float32, BY_BITS,
+                )  # fmt: skip
+        if BFLOAT16 & DTYPES:
+            if dtype == 1:
+                measure_elements(
+                    address + first * 2, first, count, multiplier, after, bucket_log2, row,
+                    tl.bfloat16, tl.float32, BY_BITS,
+                )  # fmt: skip
+        if FLOAT16 & DTYPES:
+            if dtype == 2:
+                measure_elements(
+                    address + first * 2, first, count, multiplier, after, bucket_log2, row,
+                    tl.float16, tl.float32, BY_BITS,
+                )  # fmt: skip
+        if FLOAT64 & DTYPES:
+            if dtype == 3:
+                measure_elements(
+                    address + first * 8, first, count, multiplier, after, bucket_log2, row,
+                    tl.float64, tl.float64, BY_BITS,
+                )  # fmt: skip
+        tl.debug_barrier()
+        if bucket_log2 >= 0:
+            weight = next_weight(values, tl.load(info + LAYER), config)
+            length = (count + (1 << bucket_log2) - 1) >> bucket_log2
+            if bucket_log2 == 9:
+                fold_buckets(before, after, length, inverse, weight, row, 8)
+            else:
+                fold_buckets(before, after, length, inverse, weight, row, 256)
+        else:
+            for i in tl.static_range(4, 8):
+                tl.store(row + i, inverse * 0.0)
+
+
+@triton.jit
+def _multiply_tile(
+    tensors, addresses, tensor, tile, multiplier,
+    DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    info = tensors + tensor * TENSOR_FIELDS
+    tagged = tl.load(addresses + tensor)
+    dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
+    address = tagged & ((1 << 60) - 1)
+    if address != 0:
+        first = (tile - tl.load(info + FIRST_TILE)) * TILE
+        count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
+        if FLOAT32 & DTYPES:
+            if dtype == 0:
+                multiply_elements(
+                    address + first * 4, count, multiplier, tl.float32, tl.float32, BY_BITS
+                )
+        if BFLOAT16 & DTYPES:
+            if dtype == 1:
+                multiply_elements(
+                    address + first * 2, count, multiplier, tl.bfloat16, tl.float32, BY_BITS
+                )
+        if FLOAT16 & DTYPES:
+            if dtype == 2:
+                multiply_elements(
+                    address + first * 2, count, multiplier, tl.float16, tl.float32, BY_BITS
+                )
+        if FLOAT64 & DTYPES:
+            if dtype == 3:
+                multiply_elements(
+                    address + first * 8, count, multiplier, tl.float64, tl.float64, BY_BITS
+                )
+
+
+@triton.jit
+def _own_multiplier(values, layer, factor):
+    """What a layer is multiplied by: ``factor`` if it is selected. Layer -1: excluded."""
+    own = factor * 0.0 + 1.0
+    if layer >= 0:
+        selected = tl.load(values + GLOBALS + layer * FIELDS + SELECTED, cache_modifier=".cg")
+        own = tl.where(selected != 0, factor, own)
+    return own
+
+
+@triton.jit
+def _conclude(
+    values, parity, config, tensors, layer_rows, scores, verdict, tickets, addresses, found_inf,
+    measured, layers,
+):  # fmt: skip
+    """By the last program, when every tile is measured."""
+    factor = active_factor(values, config)
+    coefficient = factor * 0.0 + 1.0
+    spoilt = tl.load(tickets + SPOILT, cache_modifier=".cg") != 0
+    if spoilt:
+        tl.store(tickets + SPOILT, 0)
+        _skip(values)
+        if found_inf != 0:
+            tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0)
+    else:
+        commit(values, config, layer_rows, scores, layers, factor)
+        tl.debug_barrier()
+        if needs_norm(config):
+            coefficient = apply_norm(values, config, layer_rows, layers, factor)
+        for begin in range(0, measured, 128):
+            index = begin + tl.arange(0, 128)
+            inside = index < measured
+            here = tl.load(addresses + index, mask=inside, other=0) != 0
+            side = tl.load(parity + index, mask=inside, other=0)
+            tl.store(parity + index, 1 - side, mask=inside & here)
+    tl.store(verdict, factor)
+    tl.store(verdict + 1, coefficient)
+    tl.store(verdict + 2, tl.where(spoilt, 0.0, 1.0).to(tl.float64))
+
+
+@triton.jit
+def _skip(values):
+    tl.store(values + STEP, tl.load(values + STEP) + 1.0)
+    tl.store(values + SKIPPED, tl.load(values + SKIPPED) + 1.0)
+
+
+@triton.jit
+def step_kernel(
+    values, sketch, parity, config,
+    tensors, tile_tensor, layer_tiles,
+    tile_rows, group_rows, layer_rows, scores, verdict, tickets,
+    addresses, grad_scale, found_inf,
+    measured, layers, buckets, measured_tiles, tiles, unscale, phases,
+    DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    """``phases`` is MEASURE, MULTIPLY or, if all programs run at the same time, BOTH.
+
+    ``grad_scale`` and ``found_inf`` are addresses of floats or 0. ``DTYPES`` has a bit for each
+    dtype that is there.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    norm = needs_norm(config)
+    inverse = _inverse_scale(grad_scale)
+    rescale = tl.where(unscale != 0, inverse, 1.0)
+    write_now = (tl.load(config + EXACT) == 0) & (not norm)
+    generation = tl.load(tickets + GENERATION, cache_modifier=".cg")
+    halted = program < 0
+    if (phases != MULTIPLY) & (found_inf != 0):
+        halted = tl.load(found_inf.to(tl.pointer_type(tl.float32))) != 0
+
+    if phases != MULTIPLY:
+        if halted:
+            if program == 0:
+                _skip(values)
+                tl.store(verdict + 2, inverse * 0.0)
+        else:
+            factor = active_factor(values, config)
+            for tile in range(program, tl.where(norm, tiles, measured_tiles), programs):
+                tensor = tl.load(tile_tensor + tile).to(tl.int64)
+                layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
+                multiplier = factor * 0.0 + 1.0
+                if write_now:
+                    multiplier = _own_multiplier(values, layer, factor) * rescale
+                _measure_tile(
+                    values, sketch, parity, config, tensors, addresses,
+                    tile_rows + tile * ROW, tensor, tile, inverse, multiplier,
+                    measured, buckets, DTYPES, BY_BITS,
+                )  # fmt: skip
+                _publish(
+                    tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile,
+                    tl.where(layer < 0, layers, layer), layers, inverse,
+                )  # fmt: skip
+            if write_now & (rescale != 1):
+                for tile in range(measured_tiles + program, tiles, programs):
+                    tensor = tl.load(tile_tensor + tile).to(tl.int64)
+                    _multiply_tile(tensors, addresses, tensor, tile, rescale, DTYPES, BY_BITS)
+            if _is_last(tickets + PROGRAMS, programs):
+                _conclude(
+                    values, parity, config, tensors, layer_rows, scores, verdict, tickets,
+                    addresses, found_inf, measured, layers,
+                )  # fmt: skip
+                tl.debug_barrier()
+                tl.atomic_add(tickets + GENERATION, 1, sem="release", scope="gpu")
+
+    if phases != MEASURE:
+        if (phases == BOTH) & (not halted):
+            now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
+            while now == generation:
+                now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
+            tl.debug_barrier()
+        counted = tl.load(verdict + 2, cache_modifier=".cg") != 0
+        if counted & (not halted):
+            factor = tl.load(verdict, cache_modifier=".cg")
+            common = rescale * tl.load(verdict + 1, cache_modifier=".cg")
+            # Backwards: what was read last may still be cached.
+            for i in range(program, tiles, programs):
+                tile = tiles - 1 - i
+                tensor = tl.load(tile_tensor + tile).to(tl.int64)
+                layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
+                multiplier = _own_multiplier(values, layer, factor) * common
+                _multiply_tile(tensors, addresses, tensor, tile, multiplier, DTYPES, BY_BITS)

@@ -1,0 +1,274 @@
+"""One program on one tile of one gradient: statistics, sketch and multiplication in one read.
+
+A program is one warp. It holds ``BLOCK`` elements at a time, as ``[rows, lanes, vector]`` with a
+16-byte vector of consecutive elements for each lane, so that sums over rows and vectors stay in
+a lane. Element i belongs to the same lane whatever its address.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LANES = tl.constexpr(32)
+BLOCK = tl.constexpr(1024)
+TILE = tl.constexpr(4096)  # elements of one tensor that one program measures at a time
+
+# Squares of sums outside this range are taken again, scaled into the range of fp32.
+SMALL, LARGE = tl.constexpr(1e-28), tl.constexpr(1e34)
+UP, DOWN = tl.constexpr(2.0**96), tl.constexpr(2.0**-96)
+
+
+# ---- elements: no fp64 for fp32, fp16 and bf16 ----------------------------------------
+
+
+@triton.jit
+def _widen(x, WIDE: tl.constexpr, BY_BITS: tl.constexpr):
+    if BY_BITS and x.dtype == tl.bfloat16:
+        word = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return word.to(tl.float32, bitcast=True)
+    else:
+        return x.to(WIDE)
+
+
+@triton.jit
+def _narrow(x, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr):
+    """Rounds once, to nearest even. The interpreter truncates to bf16: there it is done by bits."""
+    if BY_BITS and ELEMENT == tl.bfloat16:
+        word = x.to(tl.uint32, bitcast=True)
+        rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+        half = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
+        return half.to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(ELEMENT)
+
+
+@triton.jit
+def _at(address, alignment: tl.constexpr, ELEMENT: tl.constexpr):
+    """A pointer from an integer, which knows nothing of its alignment unless told."""
+    return tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), alignment)
+
+
+@triton.jit
+def _load(address, offsets, aligned, ELEMENT: tl.constexpr, VECTOR: tl.constexpr):
+    if aligned:
+        x = tl.load(_at(address, 16, ELEMENT) + offsets)
+    else:
+        x = tl.load(_at(address, 16 // VECTOR, ELEMENT) + offsets)
+    return x
+
+
+@triton.jit
+def _store(address, offsets, x, aligned, ELEMENT: tl.constexpr, VECTOR: tl.constexpr):
+    if aligned:
+        tl.store(_at(address, 16, ELEMENT) + offsets, x)
+    else:
+        tl.store(_at(address, 16 // VECTOR, ELEMENT) + offsets, x)
+
+
+# ---- moments ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_in_lane(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def _shifted_sums(x, valid, share, scale, MASKED: tl.constexpr):
+    """Each lane's mean as its shift, and the sums of d = (x - shift) * scale and of d * d."""
+    shift = _sum_in_lane(x) * share
+    d = (x - shift[None, :, None]) * scale
+    if MASKED:
+        d = tl.where(valid, d, 0.0)
+    return shift, _sum_in_lane(d), _sum_in_lane(d * d)
+
+
+@triton.jit
+def _lane_moments(x, valid, count, WIDE: tl.constexpr, MASKED: tl.constexpr):
+    """Mean and sum of squared deviations of each lane's elements: fp64 [lanes]."""
+    share = 1.0 / tl.maximum(count, 1.0)
+    shift, d, d2 = _shifted_sums(x, valid, share.to(WIDE), 1.0, MASKED)
+    mean = shift.to(tl.float64) + d.to(tl.float64) * share
+    m2 = d2.to(tl.float64) - d.to(tl.float64) * d.to(tl.float64) * share
+    if WIDE == tl.float32:
+        squares = tl.sum(d2, axis=0)
+        if not ((squares >= SMALL) & (squares <= LARGE)):
+            small = squares < SMALL
+            before = tl.where(small, 1.0, DOWN).to(tl.float32)
+            after = tl.where(small, UP, 1.0).to(tl.float32)
+            shift, d, d2 = _shifted_sums(x * before, valid, share.to(WIDE), after, MASKED)
+            undo = 1.0 / (before.to(tl.float64) * after.to(tl.float64))
+            mean = shift.to(tl.float64) / before.to(tl.float64) + d.to(tl.float64) * share * undo
+            m2 = d2.to(tl.float64) - d.to(tl.float64) * d.to(tl.float64) * share
+            m2 = m2 * undo * undo
+    return mean, m2
+
+
+# ---- the sketch -------------------------------------------------------------------------
+
+
+@triton.jit
+def _sign_word(word):
+    """MurmurHash3's 32-bit finaliser."""
+    word = word ^ (word >> 16)
+    word = word * 0x85EBCA6B
+    word = word ^ (word >> 13)
+    word = word * 0xC2B2AE35
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def _signed(x, first, vectors, within, WIDE: tl.constexpr, VECTOR: tl.constexpr):
+    """x with its signs; ``first`` is the block's first element in the tensor."""
+    offset = vectors * VECTOR
+    words = (first >> 5).to(tl.uint32) + (offset >> 5).to(tl.uint32)
+    bits = _sign_word(words) >> (offset & 31).to(tl.uint32)
+    minus = (bits[:, :, None] << (31 - within).to(tl.uint32)) & 0x80000000
+    if WIDE == tl.float64:
+        flipped = x.to(tl.uint64, bitcast=True) ^ (minus.to(tl.uint64) << 32)
+    else:
+        flipped = x.to(tl.uint32, bitcast=True) ^ minus
+    return flipped.to(WIDE, bitcast=True)
+
+
+@triton.jit
+def _store_buckets(
+    signed, offsets, buckets, bucket_log2, left, VECTOR: tl.constexpr, MASKED: tl.constexpr
+):
+    """Signed sums of the block's runs; ``left`` are the tile's elements from the block on."""
+    RUNS: tl.constexpr = BLOCK // 16
+    LONG: tl.constexpr = BLOCK // 512
+    if bucket_log2 > 0:
+        parts = tl.reshape(tl.sum(signed, axis=2), [RUNS, 16 // VECTOR])
+        runs = tl.sum(parts, axis=1)
+        if bucket_log2 == 4:
+            index = tl.arange(0, RUNS)
+            tl.store(buckets + index, runs.to(tl.float32), mask=index * 16 < left)
+        else:
+            index = tl.arange(0, LONG)
+            long = tl.sum(tl.reshape(runs, [LONG, RUNS // LONG]), axis=1)
+            tl.store(buckets + index, long.to(tl.float32), mask=index * 512 < left)
+    elif MASKED:  # a tensor of single elements is shorter than a tile
+        tl.store(buckets + offsets, signed.to(tl.float32), mask=offsets < left)
+
+
+# ---- a tile -----------------------------------------------------------------------------
+
+
+@triton.jit
+def measure_elements(
+    address, first, count, multiplier, buckets, bucket_log2, row,
+    ELEMENT: tl.constexpr, WIDE: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile's elements to ``row``, the sums of its runs to ``buckets``.
+
+    ``address`` is that of the tile, ``first`` its first element's index in the tensor. Elements
+    are multiplied unless the multiplier is 1. ``bucket_log2`` -1: no sketch. ``row`` gets the
+    count, the tile's first element c, and the sums of x - c and (x - c)^2.
+    """
+    BYTES: tl.constexpr = ELEMENT.primitive_bitwidth // 8
+    VECTOR: tl.constexpr = 16 // BYTES
+    ROWS: tl.constexpr = BLOCK // (LANES * VECTOR)
+    vectors = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    within = tl.arange(0, VECTOR)[None, None, :]
+    offsets = vectors[:, :, None] * VECTOR + within
+    aligned = address % 16 == 0
+    factor = multiplier.to(WIDE)
+    centre = _widen(tl.load(_at(address, BYTES, ELEMENT)), WIDE, BY_BITS).to(tl.float64)
+    sums = tl.zeros([LANES], tl.float64)
+    squares = tl.zeros([LANES], tl.float64)
+
+    full = count // BLOCK * BLOCK
+    for begin in range(0, full, BLOCK):
+        part = address + begin * BYTES
+        x = _widen(_load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
+        lane_count = tl.full([LANES], BLOCK // LANES, tl.float64)
+        mean, m2 = _lane_moments(x, x, lane_count, WIDE, False)
+        sums += lane_count * (mean - centre)
+        squares += m2 + lane_count * (mean - centre) * (mean - centre)
+        if bucket_log2 >= 0:
+            signed = _signed(x, first + begin, vectors, within, WIDE, VECTOR)
+            runs = buckets + (begin >> bucket_log2)
+            _store_buckets(signed, offsets, runs, bucket_log2, count - begin, VECTOR, False)
+        if factor != 1:
+            y = _narrow(x * factor, ELEMENT, BY_BITS)
+            _store(part, offsets, y, aligned, ELEMENT, VECTOR)
+    if full < count:
+        left = count - full
+        valid = offsets < left
+        pointer = _at(address + full * BYTES, BYTES, ELEMENT)
+        x = _widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
+        lane_count = _sum_in_lane(valid.to(tl.int32)).to(tl.float64)
+        mean, m2 = _lane_moments(x, valid, lane_count, WIDE, True)
+        sums += lane_count * (mean - centre)
+        squares += m2 + lane_count * (mean - centre) * (mean - centre)
+        if bucket_log2 >= 0:
+            signed = _signed(x, first + full, vectors, within, WIDE, VECTOR)
+            runs = buckets + (full >> bucket_log2)
+            _store_buckets(signed, offsets, runs, bucket_log2, left, VECTOR, True)
+        if factor != 1:
+            y = _narrow(x * factor, ELEMENT, BY_BITS)
+            tl.store(pointer + offsets, y, mask=valid)
+
+    tl.store(row, count.to(tl.float64))
+    tl.store(row + 1, centre)
+    tl.store(row + 2, tl.sum(sums, axis=0))
+    tl.store(row + 3, tl.sum(squares, axis=0))
+
+
+@triton.jit
+def multiply_elements(
+    address, count, multiplier,
+    ELEMENT: tl.constexpr, WIDE: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    """Multiplies a tile's elements in fp32 (fp64 for fp64), rounding once."""
+    BYTES: tl.constexpr = ELEMENT.primitive_bitwidth // 8
+    VECTOR: tl.constexpr = 16 // BYTES
+    ROWS: tl.constexpr = BLOCK // (LANES * VECTOR)
+    vectors = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    offsets = vectors[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    aligned = address % 16 == 0
+    factor = multiplier.to(WIDE)
+    if factor != 1:
+        full = count // BLOCK * BLOCK
+        for begin in range(0, full, BLOCK):
+            part = address + begin * BYTES
+            x = _widen(_load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
+            y = _narrow(x * factor, ELEMENT, BY_BITS)
+            _store(part, offsets, y, aligned, ELEMENT, VECTOR)
+        if full < count:
+            valid = offsets < count - full
+            pointer = _at(address + full * BYTES, BYTES, ELEMENT)
+            x = _widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
+            tl.store(pointer + offsets, _narrow(x * factor, ELEMENT, BY_BITS), mask=valid)
+
+
+@triton.jit
+def fold_buckets(before, after, count, inverse, weight, row, WIDTH: tl.constexpr):
+    """Folds this step's bucket sums into the running means, in place of the sums.
+
+    ``after`` holds the sums s, before ``inverse``, and gets the means h + weight * (s - h), h
+    being those in ``before``. ``row`` gets the sums of s^2, s h, h^2 and of the squared new means.
+    """
+    power = tl.full([], 0.0, tl.float64)
+    dot = tl.full([], 0.0, tl.float64)
+    old = tl.full([], 0.0, tl.float64)
+    new = tl.full([], 0.0, tl.float64)
+    for begin in range(0, count, WIDTH):
+        index = begin + tl.arange(0, WIDTH)
+        mask = index < count
+        s = tl.load(after + index, mask=mask, other=0.0).to(tl.float64) * inverse
+        s = s.to(tl.float32).to(tl.float64)
+        h = tl.load(before + index, mask=mask, other=0.0).to(tl.float64)
+        mean = (h + weight * (s - h)).to(tl.float32)
+        tl.store(after + index, mean, mask=mask)
+        mean = mean.to(tl.float64)
+        power += tl.sum(s * s, axis=0)
+        dot += tl.sum(s * h, axis=0)
+        old += tl.sum(h * h, axis=0)
+        new += tl.sum(mean * mean, axis=0)
+    tl.store(row + 4, power)
+    tl.store(row + 5, dot)
+    tl.store(row + 6, old)
+    tl.store(row + 7, new)
