@@ -97,11 +97,13 @@ class Amplifier:
             self._raise_if_nonfinite(found_inf, mask)
         only = None if mask is None else mask(self._plan)
         outcome = backend.step(grad_scale, found_inf, unscale, only, False)
-        if outcome is Outcome.REBIND:
-            self.rebind()
-            only = None if mask is None else mask(self._plan)
-            outcome = self._ready().step(grad_scale, found_inf, unscale, only, True)
-        if outcome is Outcome.EMPTY and not self._warned_empty:
+        if outcome is Outcome.DONE or (outcome is Outcome.EMPTY and self._warned_empty):
+            return
+        self._rebind(warn=True)
+        only = None if mask is None else mask(self._plan)
+        outcome = self._ready().step(grad_scale, found_inf, unscale, only, True)
+        unasked = only is not None and 1 not in only  # all of an optimizer's are frozen
+        if outcome is Outcome.EMPTY and not unasked and not self._warned_empty:
             self._warned_empty = True
             warnings.warn(
                 "no parameter has a gradient: was the amplifier called before backward()?",
@@ -114,12 +116,11 @@ class Amplifier:
 
     def _ready(self) -> backends.Backend:
         """The backend, made on first use for the device that the gradients are on."""
-        if self._backend is None:
+        if not self._owned:
+            self._rebind(warn=False)  # the model may have changed since
             self._own(self._plan)
-            device = state_device(self._plan)
-            chosen = backends.choose(self.options.backend, device)
-            if device != self._state.device:
-                self._replace(self._plan, device)
+        if self._backend is None:
+            chosen = backends.choose(self.options.backend, self._state.device)
             self._backend = chosen(self._plan, self._state, self.options)
         return self._backend
 
@@ -163,11 +164,10 @@ class Amplifier:
         self._rebind(warn=True)
 
     def _rebind(self, warn: bool) -> None:
-        model = self._model()
-        if model is None:
-            return
-        bound = {id(slot.parameter) for slot in self._plan.slots}
-        plan = find_layers(model, self.options, self._excluded, bound, check_names=False)
+        model, plan = self._model(), self._plan
+        if model is not None:
+            bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
+            plan = find_layers(model, self.options, self._excluded, bound, check_names=False)
         device = state_device(plan)
         if plan.serves_the_same(self._plan) and device == self._state.device:
             return

@@ -54,14 +54,15 @@ class Report:
 
     def table(self) -> str:
         """Plain text, one line a layer."""
-        width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
+        names = [layer.name or "(root)" for layer in self.layers]
+        width = max(map(len, ["layer", *names]))
         head = f"{'layer':<{width}} {'elements':>11} {'steps':>7} {'variance':>10} "
         head += f"{'fluctuation':>11} {'direction':>9} {'score':>9} {'amplified':>9}"
         lines = [
-            f"{x.name:<{width}} {x.numel:>11,} {x.steps:>7} {x.variance:>10.3g} "
+            f"{name:<{width}} {x.numel:>11,} {x.steps:>7} {x.variance:>10.3g} "
             f"{x.fluctuation:>11.3f} {x.direction:>9.3f} {x.score:>9.3f} "
             f"{f'x{x.factor:g}' if x.selected else '-':>9}"
-            for x in self.layers
+            for name, x in zip(names, self.layers, strict=True)
         ]
         foot = f"threshold {self.threshold:.4g}, {self.steps} steps, {self.skipped_steps} skipped"
         return "\n".join([head, *lines, foot])
