@@ -252,3 +252,32 @@ def test_wrapped_models_share_states() -> None:
     other = Amplifier(torch.compile(wrapped))
     other.load_state_dict(state)
     assert other.report().steps == 1
+
+
+def test_everything_is_written_in_place(place: Place) -> None:
+    """State keeps its addresses, as a captured graph needs."""
+
+    def addresses() -> list[int]:
+        state = amplifier._state
+        return [tensor.data_ptr() for tensor in (state.values, state.sketch, state.parity)]
+
+    model = bare(SHAPES, device=place.device)
+    amplifier = place.amplifier(model, refresh="epoch", decay=None)
+    amplifier.set_epoch(0)
+    advance(model, amplifier, Stream(model), 2)
+    before, state = addresses(), amplifier.state_dict()
+    amplifier.set_epoch(1)
+    amplifier.load_state_dict(state)
+    amplifier.factor = 5.0
+    assert addresses() == before
+    amplifier.reset()
+    assert addresses() == before
+
+
+def test_large_layers_leave_little_behind(place: Place) -> None:
+    """Under 1 % of the gradients' size."""
+    model = bare({"a.w": (1 << 20,)}, device=place.device)
+    amplifier = place.amplifier(model)
+    advance(model, amplifier, Stream(model), 1)
+    tensors = [x for x in flat(amplifier.state_dict()).values() if isinstance(x, torch.Tensor)]
+    assert 0 < sum(x.numel() * x.element_size() for x in tensors) < 0.01 * 4 * (1 << 20)

@@ -201,3 +201,56 @@ def test_grad_scale_is_a_one_element_tensor(place: Place, scale: object) -> None
     with pytest.raises((TypeError, ValueError), match="grad_scale"):
         amplifier.step(grad_scale=scale)
     assert all(same_bits(p.grad, gradients[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_scalars_of_any_one_element_shape(place: Place, shape: tuple[int, ...]) -> None:
+    model = bare(SHAPES, device=place.device)
+    amplifier = place.amplifier(model)
+    gradients = Stream(model).next()
+    before = {n: g.clone() for n, g in gradients.items()}
+    put(model, gradients)
+    found_inf = torch.zeros(shape, device=place.device)
+    amplifier.step(grad_scale=torch.full(shape, 8.0, device=place.device), found_inf=found_inf)
+    assert all(same_bits(p.grad, before[n] / 8) for n, p in model.named_parameters())
+    model.a.w.grad[0, 0] = torch.inf
+    amplifier.step(found_inf=found_inf)
+    assert float(found_inf) == 1
+    assert found_inf.shape == shape
+
+
+def test_gradients_that_are_part_of_a_graph(place: Place) -> None:
+    """``backward(create_graph=True)`` leaves gradients that require gradients themselves."""
+    model = bare({"a.w": (33,), "b.w": (5,)}, device=place.device)
+    amplifier = place.amplifier(model, **QUICK)
+    with torch.no_grad():
+        model.a.w.copy_(torch.linspace(1, 2, 33))
+        model.b.w.copy_(torch.linspace(-1, 2, 5))
+    for step in range(2):
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of a reference cycle
+            (model.a.w.pow(3).sum() + model.b.w.pow(2).sum()).backward(create_graph=True)
+        assert model.a.w.grad.requires_grad
+        before = model.a.w.grad.detach().clone()
+        amplifier.step()
+        assert same_bits(model.a.w.grad, before * (2 if step else 1))
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_default_dtype_does_not_matter(place: Place, dtype: torch.dtype) -> None:
+    reports = []
+    for default in (torch.float32, dtype):
+        model = bare(SHAPES, device=place.device)
+        stream = Stream(model)
+        torch.set_default_dtype(default)
+        try:
+            amplifier = place.amplifier(model, min_steps=2, refresh=2)
+            for _ in range(4):
+                put(model, stream.next())
+                amplifier.step()
+            reports.append(str(amplifier.report()))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert reports[0] == reports[1]
