@@ -14,12 +14,15 @@ from torch.optim import Optimizer
 
 from . import backends, checkpoint, reference
 from .attach import Attachment, innermost
+from .export import ScalarWriter, log_scalars
 from .gradients import Outcome, state_device
+from .history import History
 from .layers import find_layers, unwrap
 from .options import Options, check_factor
 from .plan import Plan
-from .report import Report, make_report
+from .report import Report, Snapshot, make_report, take_snapshot
 from .state import State
+from .table import render
 
 _OWNERS: weakref.WeakValueDictionary[int, Amplifier] = weakref.WeakValueDictionary()
 Mask = Callable[[Plan], bytes | None]
@@ -52,6 +55,7 @@ class Amplifier:
         self._epoch = -1
         self._needs_epoch = self.options.needs_epochs()
         self._warned_empty = False
+        self._history = History()
 
     # ---- one step -------------------------------------------------------------------
 
@@ -89,10 +93,10 @@ class Amplifier:
                 'schedule unit "epoch" and refresh="epoch" need set_epoch(epoch) to be called '
                 "before the first step"
             )
-        backend = self._backend or self._ready()
         if grad_scale is not None or found_inf is not None:
             self._check_scalar("grad_scale", grad_scale)
             self._check_scalar("found_inf", found_inf)
+        backend = self._backend or self._ready()
         if self.options.error_if_nonfinite:
             self._raise_if_nonfinite(found_inf, mask)
         only = None if mask is None else mask(self._plan)
@@ -129,6 +133,8 @@ class Amplifier:
             return
         if not isinstance(value, Tensor) or value.numel() != 1 or value.dtype != torch.float32:
             raise TypeError(f"{name} must be a tensor of one float32 element, not {value!r}")
+        if value.device != self._state.device:
+            self._rebind(warn=True)  # the model may have moved
         if value.device != self._state.device:
             raise ValueError(
                 f"{name} is on {value.device}, the gradients are on {self._state.device}"
@@ -289,9 +295,11 @@ class Amplifier:
     def reset(self) -> None:
         """Back to before the first step, in place: no epoch is set, ``factor`` is the option's.
 
-        Options and attachments stay; ``gradamp_fast.reset(model)`` is for other options.
+        The history is empty again. Options and attachments stay; ``gradamp_fast.reset(model)``
+        is for other options.
         """
         self._state.reset()
+        self._history.clear()
         self._epoch = -1
         self._needs_epoch = self.options.needs_epochs()
 
@@ -299,11 +307,40 @@ class Amplifier:
 
     def report(self) -> Report:
         """Every layer's state and the last decision; one device-to-host copy."""
-        return make_report(self._plan, self._state, self.options)
+        return make_report(self._snapshot())
 
     def summary(self) -> str:
-        """The report as a table in plain text."""
-        return str(self.report().table())
+        """The report as a table, with colours if the standard output is a terminal.
+
+        For that rich has to be there (``[viz]`` extra); plain text otherwise. One
+        device-to-host copy.
+        """
+        return render(self.report())
+
+    def record(self, every: int = 1) -> History:
+        """Adds a report to the history on every ``every``-th call, and returns the history.
+
+        Call it after each epoch, or with ``every`` after each step: a call that adds nothing
+        touches no device, one that does makes one device-to-host copy. The history is not part
+        of ``state_dict()``. ``gradamp_fast.plot.heatmap`` draws it.
+
+        Raises ValueError unless ``every`` >= 1.
+        """
+        if self._history.due(every):
+            self._history.add(self._snapshot())
+        return self._history
+
+    def log_to(self, writer: ScalarWriter, step: int) -> None:
+        """Writes every layer's numbers as ``gradamp/<layer>/<metric>``; one device-to-host copy.
+
+        ``writer`` is a ``torch.utils.tensorboard.SummaryWriter`` or anything else with
+        ``add_scalar(tag, value, step)``, else TypeError. In distributed training give one to
+        the first process alone.
+        """
+        log_scalars(self.report(), writer, step)
+
+    def _snapshot(self) -> Snapshot:
+        return take_snapshot(self._plan, self._state, self.options)
 
     # ---- checkpoints ----------------------------------------------------------------
 

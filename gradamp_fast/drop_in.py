@@ -55,7 +55,7 @@ def fused_amplify(
     if optimizer is not None and optimizer not in _WARNED:
         _WARNED.add(optimizer)
         warn_if_scale_invariant(innermost(optimizer))
-    amplifier.step(grad_scale, found_inf, unscale)
+    amplifier._step(grad_scale, found_inf, unscale, None)
     if kept is None:  # only now: a first call that failed binds nobody to its options
         _KEPT[model] = amplifier, options
     return amplifier

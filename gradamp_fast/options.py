@@ -75,11 +75,11 @@ class Options:
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
-        self._check()
+        self._validate()
         for field in fields(self):
             object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
 
-    def _check(self) -> None:
+    def _validate(self) -> None:
         check_factor(self.factor)
         one_of("measure", self.measure, get_args(Measure))
         if isinstance(self.threshold, str):
