@@ -3,12 +3,14 @@
 from ._version import __version__
 from .amplifier import Amplifier
 from .drop_in import fused_amplify, reset
+from .history import History
 from .options import Options
 from .report import LayerReport, Report
 from .schedule import Schedule
 
 __all__ = [
     "Amplifier",
+    "History",
     "LayerReport",
     "Options",
     "Report",

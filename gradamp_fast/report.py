@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
 
-from . import reference
-from .options import Options
+from . import export, reference, table
+from .options import Measure, Options, Select
 from .plan import Plan
 from .state import FIELDS, GLOBALS, State
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,11 @@ class LayerReport:
         direction: running cosine between a step's gradient and the mean before it.
         score: the chosen measure's value now.
         selected: the decision taken last.
-        factor: what its gradients are multiplied by now.
+        factor: what its gradients are multiplied by now; 1 outside all windows of the schedule.
         amplified_steps: counted steps on which they were.
+        amplified_share: the same as a share of all counted steps; 0 before the first.
         changed_at: step number at which ``selected`` last changed.
+        steps_since_change: steps since then; None if it never was selected.
     """
 
     name: str
@@ -40,47 +49,70 @@ class LayerReport:
     selected: bool
     factor: float
     amplified_steps: int
+    amplified_share: float
     changed_at: int
+    steps_since_change: int | None
 
 
 @dataclass(frozen=True)
 class Report:
-    """All layers; ``threshold`` is that of the last decision, NaN before the first."""
+    """All layers at one moment.
+
+    Attributes:
+        threshold: that of the last decision; NaN before the first.
+        steps: steps so far, skipped ones included.
+        epoch: as ``set_epoch`` told it last; None if it never did.
+        measure, select: the options that the decision follows.
+    """
 
     layers: tuple[LayerReport, ...]
     threshold: float
     steps: int
     skipped_steps: int
+    epoch: int | None
+    measure: Measure
+    select: Select
 
-    def table(self) -> str:
-        """Plain text, one line a layer."""
-        names = [layer.name or "(root)" for layer in self.layers]
-        width = max(map(len, ["layer", *names]))
-        head = f"{'layer':<{width}} {'elements':>11} {'steps':>7} {'variance':>10} "
-        head += f"{'fluctuation':>11} {'direction':>9} {'score':>9} {'amplified':>9}"
-        lines = [
-            f"{name:<{width}} {x.numel:>11,} {x.steps:>7} {x.variance:>10.3g} "
-            f"{x.fluctuation:>11.3f} {x.direction:>9.3f} {x.score:>9.3f} "
-            f"{f'x{x.factor:g}' if x.selected else '-':>9}"
-            for name, x in zip(names, self.layers, strict=True)
-        ]
-        foot = f"threshold {self.threshold:.4g}, {self.steps} steps, {self.skipped_steps} skipped"
-        return "\n".join([head, *lines, foot])
+    def __str__(self) -> str:
+        return table.plain(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield table.rich_table(self, options.max_width)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes ``.csv`` (a row for each layer) or ``.json``; ValueError for another ending."""
+        export.save([self], path)
 
 
-def make_report(plan: Plan, state: State, options: Options) -> Report:
-    """One copy from the device, the rest on the host."""
-    host = state.on_host()
-    values = dict(zip(GLOBALS, host.values[: len(GLOBALS)].tolist(), strict=True))
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A state's numbers on the host, and what it takes to read them: 80 bytes a layer."""
+
+    layers: tuple[str, ...]
+    layer_numel: tuple[int, ...]
+    state: State
+    options: Options
+
+
+def take_snapshot(plan: Plan, state: State, options: Options) -> Snapshot:
+    """One device-to-host copy."""
+    return Snapshot(plan.layers, plan.layer_numel, state.on_host(), options)
+
+
+def make_report(snapshot: Snapshot) -> Report:
+    """Host arithmetic alone."""
+    state, options = snapshot.state, snapshot.options
+    values = dict(zip(GLOBALS, state.values[: len(GLOBALS)].tolist(), strict=True))
+    step, counted = int(values["step"]), int(values["step"] - values["skipped_steps"])
     scores = {
-        name: reference.scores(host.layers, name).tolist() for name in ("fluctuation", "direction")
+        name: reference.scores(state.layers, name).tolist()
+        for name in {"fluctuation", "direction", options.measure}
     }
-    chosen = reference.scores(host.layers, options.measure).tolist()
-    factor = float(reference.active_factor(host, options))
+    factor = float(reference.active_factor(state, options))
     layers = []
-    for index, (name, numel) in enumerate(zip(plan.layers, plan.layer_numel, strict=True)):
-        row = dict(zip(FIELDS, host.layers[index].tolist(), strict=True))
-        selected = row["selected"] != 0
+    for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
+        row = dict(zip(FIELDS, state.layers[index].tolist(), strict=True))
+        selected, changed_at = row["selected"] != 0, int(row["changed_at"])
         temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
         layers.append(
             LayerReport(
@@ -91,16 +123,21 @@ def make_report(plan: Plan, state: State, options: Options) -> Report:
                 temporal_variance=temporal,
                 fluctuation=scores["fluctuation"][index],
                 direction=-scores["direction"][index],
-                score=chosen[index],
+                score=scores[options.measure][index],
                 selected=selected,
                 factor=factor if selected else 1.0,
                 amplified_steps=int(row["amplified_steps"]),
-                changed_at=int(row["changed_at"]),
+                amplified_share=row["amplified_steps"] / counted if counted else 0.0,
+                changed_at=changed_at,
+                steps_since_change=step - changed_at if selected or changed_at else None,
             )
         )
     return Report(
         layers=tuple(layers),
         threshold=values["threshold"],
-        steps=int(values["step"]),
+        steps=step,
         skipped_steps=int(values["skipped_steps"]),
+        epoch=int(values["epoch"]) if values["epoch"] >= 0 else None,
+        measure=options.measure,
+        select=options.select,
     )
