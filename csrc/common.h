@@ -8,8 +8,10 @@
 // linker must not merge their copies.
 #if defined(__CUDACC__)
 #define GRADAMP_HD static inline __host__ __device__
+#define GRADAMP_HD_MEMBER __host__ __device__
 #else
 #define GRADAMP_HD static inline
+#define GRADAMP_HD_MEMBER
 #endif
 
 namespace gradamp {

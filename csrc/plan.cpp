@@ -170,13 +170,17 @@ Outcome Plan::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
   for (size_t i = 0; i < gradients.size(); ++i) {
     TORCH_CHECK(!gradients[i] || take(i, *gradients[i]),
                 "gradient ", i, " is not flat, dense and real");
-    had_gradient_[i] = gradients[i].has_value();
+    if (gradients[i]) had_gradient_[i] = 1;
   }
   return run(grad_scale, found_inf, unscale);
 }
 
 Outcome Plan::run(const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf, bool unscale) {
+  struct Release {
+    Plan& plan;
+    ~Release() { plan.release(); }
+  } release_at_end{*this};
   {
     py::gil_scoped_release unlocked;
     engine_->step({addresses_.data(), dtypes_.data(),
@@ -186,7 +190,6 @@ Outcome Plan::run(const std::optional<at::Tensor>& grad_scale,
   }
   for (size_t i = 0; i < gradients_.size(); ++i)
     if (written_[i]) gradients_[i].unsafeGetTensorImpl()->bump_version();
-  release();
   if (found_inf) found_inf->unsafeGetTensorImpl()->bump_version();
   return Outcome::kDone;
 }

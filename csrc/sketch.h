@@ -28,13 +28,24 @@ GRADAMP_HD bool sign_is_minus(int64_t i) {
   return (sign_word(static_cast<uint32_t>(i >> 5)) >> (i & 31)) & 1u;
 }
 
-// Sums over buckets: s is this step's bucket, h its running mean before this step.
-struct SketchSums {
-  double power = 0.0;   // sum of s^2
-  double dot = 0.0;     // sum of s * h
-  double before = 0.0;  // sum of h^2
-  double after = 0.0;   // sum of h^2, h being the mean after this step
+// Sums over buckets: s is this step's bucket, h its running mean before this step. Real is
+// double, or a vector of doubles with one set of sums in each lane.
+template <class Real>
+struct SketchSumsOf {
+  Real power{};   // sum of s^2
+  Real dot{};     // sum of s * h
+  Real before{};  // sum of h^2
+  Real after{};   // sum of h^2, h being the mean after this step
+
+  GRADAMP_HD_MEMBER void count(Real s, Real h, Real next) {
+    power += s * s;
+    dot += s * h;
+    before += h * h;
+    after += next * next;
+  }
 };
+
+using SketchSums = SketchSumsOf<double>;
 
 GRADAMP_HD void add(SketchSums& a, const SketchSums& b) {
   a.power += b.power;
@@ -50,14 +61,16 @@ GRADAMP_HD SketchSums add_all(const SketchSums& mine, Group& group) {
           group.sum(mine.after)};
 }
 
+template <class Real>
+GRADAMP_HD Real moved_mean(Real s, Real h, double weight) {
+  return h + weight * (s - h);
+}
+
 // Folds one bucket in and returns its new running mean.
 GRADAMP_HD float update_bucket(float s, float h, double weight, SketchSums& sums) {
   const double sd = s, hd = h;
-  const float next = static_cast<float>(hd + weight * (sd - hd));
-  sums.power += sd * sd;
-  sums.dot += sd * hd;
-  sums.before += hd * hd;
-  sums.after += static_cast<double>(next) * next;
+  const float next = static_cast<float>(moved_mean(sd, hd, weight));
+  sums.count(sd, hd, next);
   return next;
 }
 

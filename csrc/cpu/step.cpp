@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -30,12 +31,16 @@ struct Choice {
   const TileKernels* kernels;
 };
 
+// The best that the processor has and ATEN_CPU_CAPABILITY, torch's own limit, allows.
 Choice choose() {
 #if defined(GRADAMP_X86_DISPATCH)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const char* const limit = std::getenv("ATEN_CPU_CAPABILITY");
+  const auto allowed = [&](const char* name) { return !limit || std::strcmp(limit, name) == 0; };
+  const bool any_avx2 = allowed("avx512") || allowed("avx2");
+  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return {"avx512", &avx512::kernels};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+  if (any_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return {"avx2", &avx2::kernels};
 #endif

@@ -5,41 +5,33 @@
 namespace gradamp::cpu::GRADAMP_ISA {
 namespace {
 
-#if defined(__AVX512F__)
 constexpr int kVectors = 4;  // independent accumulators: hides the latency of an addition
-#else
-constexpr int kVectors = 2;
-#endif
 constexpr int kBlock = kVectors * kLanes;
 constexpr int kWordBits = 32;
+constexpr int kVectorsPerWord = kWordBits / kLanes;
+constexpr int kStep = kBlock < kWordBits ? kWordBits : kBlock;  // whole words, whole blocks
+constexpr int kStepVectors = kStep / kLanes;
 
 constexpr int64_t kMaxBuckets = 4096;  // of a tile: buckets of one element, or 1/16 of its elements
 
 // What is added up for the moments. Every lane has a shift of its own, close to its elements,
 // so that a large mean costs no accuracy.
 struct LaneSums {
-  f32x16 shift[kVectors];
-  f32x16 d[kVectors] = {};
-  f32x16 d2[kVectors] = {};
+  f32v shift[kVectors];
+  f32v d[kVectors] = {};
+  f32v d2[kVectors] = {};
 
-  void add(int v, f32x16 delta) {
+  void add(int v, f32v delta) {
     d[v] += delta;
     d2[v] += delta * delta;
   }
-  void add_first(int v, f32x16 delta, int lanes) {
+  void add_first(int v, f32v delta, int lanes) {
     for (int i = 0; i < lanes; ++i) d[v][i] += delta[i], d2[v][i] += delta[i] * delta[i];
   }
 };
 
-// Elements of lane i of accumulator v, out of n.
-inline double lane_count(int64_t n, int v, int i) {
-  const int64_t full = n / kLanes;
-  const bool one_more = v < full % kVectors || (v == full % kVectors && i < n % kLanes);
-  return static_cast<double>(full / kVectors + one_more);
-}
-
-inline f32x16 smaller(f32x16 a, f32x16 b) { return a < b ? a : b; }
-inline f32x16 larger(f32x16 a, f32x16 b) { return a < b ? b : a; }
+inline f32v smaller(f32v a, f32v b) { return a < b ? a : b; }
+inline f32v larger(f32v a, f32v b) { return a < b ? b : a; }
 
 // Each lane's first element, or the median of its first three, which is no outlier: all
 // others would lie far from that, and their squares would hide the variance.
@@ -47,39 +39,58 @@ template <class T>
 void choose_shifts(const T* data, int64_t n, LaneSums& sums) {
   for (int v = 0; v < kVectors; ++v) {
     const T* p = data + v * kLanes;
-    sums.shift[v] = load16(p);
+    sums.shift[v] = load(p);
     if (n < 3 * kBlock) continue;
-    const f32x16 a = sums.shift[v], b = load16(p + kBlock), c = load16(p + 2 * kBlock);
+    const f32v a = sums.shift[v], b = load(p + kBlock), c = load(p + 2 * kBlock);
     sums.shift[v] = larger(smaller(a, b), smaller(larger(a, b), c));
   }
+}
+
+// Lane i of accumulator v has this many elements out of n.
+inline double lane_count(int64_t n, int v, int i) {
+  const int64_t full = n / kLanes;
+  const bool one_more = v < full % kVectors || (v == full % kVectors && i < n % kLanes);
+  return static_cast<double>(full / kVectors + one_more);
 }
 
 // `shift_unit` and `delta_unit`: what 1 stands for in the shifts and in the sums.
 Moments combine(const LaneSums& sums, int64_t n, double shift_unit = 1.0,
                 double delta_unit = 1.0) {
-  f64x8 count[2 * kVectors], mean[2 * kVectors];
-  f64x8 total = {}, m2 = {};
+  f64v count[2 * kVectors], mean[2 * kVectors];
+  f64v total = {}, m2 = {};
   for (int v = 0; v < kVectors; ++v) {
-    f64x8 shift[2], d[2], d2[2];
+    f64v shift[2], d[2], d2[2];
     widen(sums.shift[v], shift);
     widen(sums.d[v], d);
     widen(sums.d2[v], d2);
     for (int half = 0; half < 2; ++half) {
       const int k = 2 * v + half;
-      for (int i = 0; i < 8; ++i) count[k][i] = lane_count(n, v, 8 * half + i);
-      const f64x8 mean_d = d[half] / count[k];
+      if (n % kBlock == 0) {
+        count[k] = static_cast<double>(n / kBlock) + f64v{};
+      } else {
+        for (int i = 0; i < kWideLanes; ++i) count[k][i] = lane_count(n, v, kWideLanes * half + i);
+      }
+      const f64v mean_d = d[half] / count[k];
       mean[k] = shift[half] * shift_unit + mean_d * delta_unit;
-      m2 += (d2[half] - d[half] * mean_d) * delta_unit * delta_unit;
+      m2 += (d2[half] - d[half] * mean_d) * (delta_unit * delta_unit);
       total += count[k] * mean[k];
     }
   }
   const double centre = sum_lanes(total) / static_cast<double>(n);
   for (int k = 0; k < 2 * kVectors; ++k) {
-    const f64x8 delta = mean[k] - centre;
+    const f64v delta = mean[k] - centre;
     m2 += count[k] * delta * delta;
   }
   const double spread = sum_lanes(m2);
   return {static_cast<double>(n), centre, spread < 0.0 ? 0.0 : spread};
+}
+
+// The last elements of a tile, fewer than a vector, with zeros behind them.
+template <class T>
+f32v load_last(const T* data, int64_t lanes) {
+  T last[kLanes] = {};
+  std::memcpy(last, data, lanes * sizeof(T));
+  return load(last);
 }
 
 // Moments of n >= kBlock elements whose squares leave the range of fp32, taken again with
@@ -89,76 +100,124 @@ Moments scaled_moments(const T* data, int64_t n, LaneSums sums, bool small) {
   const float before = small ? 1.0f : 0x1p-96f, after = small ? 0x1p96f : 1.0f;
   for (int v = 0; v < kVectors; ++v) {
     sums.shift[v] *= before;
-    sums.d[v] = sums.d2[v] = f32x16{};
+    sums.d[v] = sums.d2[v] = f32v{};
   }
-  const auto delta = [&](const T* p, int v) { return (load16(p) * before - sums.shift[v]) * after; };
+  const auto delta = [&](f32v x, int v) { return (x * before - sums.shift[v]) * after; };
   int64_t i = 0;
-  for (int v = 0; i + kLanes <= n; i += kLanes, v = (v + 1) % kVectors)
-    sums.add(v, delta(data + i, v));
-  if (i < n) {
-    T last[kLanes] = {};
-    std::memcpy(last, data + i, (n - i) * sizeof(T));
-    const int v = static_cast<int>(i / kLanes % kVectors);
-    sums.add_first(v, delta(last, v), static_cast<int>(n - i));
-  }
+  int v = 0;
+  for (; i + kLanes <= n; i += kLanes, v = (v + 1) % kVectors)
+    sums.add(v, delta(load(data + i), v));
+  if (i < n) sums.add_first(v, delta(load_last(data + i, n - i), v), static_cast<int>(n - i));
   return combine(sums, n, 1.0 / before, 1.0 / (static_cast<double>(before) * after));
 }
 
-inline f32x16 flip_signs(f32x16 x, uint32_t word, u32x16 shift) {
-  return bits_as<f32x16>(bits_as<u32x16>(x) ^ ((word << shift) & 0x80000000u));
+// Bit i of `word`, i being the lane's place among the word's elements, as a sign bit.
+inline u32v sign_bits(uint32_t word, u32v place) {
+#if defined(__SSE2__) && !defined(__AVX2__)
+  // No shift by a different count in each lane: compare instead.
+  const u32v bit = place;
+  return bits_as<u32v>((bit & word) == bit) & 0x80000000u;
+#else
+  return (word << place) & 0x80000000u;
+#endif
 }
 
+// What sign_bits takes, for each vector of a word.
+struct Places {
+  u32v of[kVectorsPerWord];
+  Places() {
+    for (int i = 0; i < kWordBits; ++i) {
+#if defined(__SSE2__) && !defined(__AVX2__)
+      of[i / kLanes][i % kLanes] = uint32_t{1} << i;
+#else
+      of[i / kLanes][i % kLanes] = static_cast<uint32_t>(kWordBits - 1 - i);
+#endif
+    }
+  }
+};
+
+inline f32v with_sign(f32v x, u32v minus) { return bits_as<f32v>(bits_as<u32v>(x) ^ minus); }
+
 // Moments of n >= kBlock elements, and the signed sums of their buckets. `first` is the
-// first element's index in its tensor, a multiple of 32.
+// first element's index in its tensor, a multiple of 512.
 template <int kBucketLog2, class T>
 Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets) {
-  // Shifts that bring an element's sign, bit i of a word, to the top: even and odd vectors.
-  const u32x16 low = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16};
-  const u32x16 to_sign[2] = {low, low - 16u};
-
+  const Places places;
   LaneSums sums;
   choose_shifts(data, n, sums);
-  f32x16 bucket[kVectors] = {};
-  uint32_t word_index = static_cast<uint32_t>(first / kWordBits);
+  uint32_t word = static_cast<uint32_t>(first / kWordBits);
 
-  const auto finish = [&](int64_t i, const f32x16* signed_sums) {
-    f32x16 total = signed_sums[0];
-    for (int v = 1; v < kVectors; ++v) total += signed_sums[v];
-    buckets[i >> kBucketLog2] = sum_lanes(total);
+  // One step, its vectors given by `at`; returns the signed vectors.
+  struct Signed {
+    f32v x[kStepVectors];
+  };
+  const auto take = [&](const T* p) __attribute__((always_inline)) {
+    Signed out;
+#pragma GCC unroll 16
+    for (int j = 0; j < kStepVectors; ++j) {
+      const f32v x = load(p + j * kLanes);
+      sums.add(j % kVectors, x - sums.shift[j % kVectors]);
+      out.x[j] = with_sign(x, sign_bits(sign_word(word + j / kVectorsPerWord),
+                                        places.of[j % kVectorsPerWord]));
+    }
+    word += kStep / kWordBits;
+    return out;
   };
 
   int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const f32x16 x = load16(data + i + v * kLanes);
-      const f32x16 signed_x = flip_signs(x, sign_word(word_index + v / 2), to_sign[v % 2]);
-      sums.add(v, x - sums.shift[v]);
-      if constexpr (kBucketLog2 == 0) store16(buckets + i + v * kLanes, signed_x);
-      if constexpr (kBucketLog2 == 4) buckets[(i >> 4) + v] = sum_lanes(signed_x);
-      if constexpr (kBucketLog2 == 9) bucket[v] += signed_x;
+  if constexpr (kBucketLog2 == 0) {
+    for (; i + kStep <= n; i += kStep) {
+      const Signed s = take(data + i);
+      for (int j = 0; j < kStepVectors; ++j) store(buckets + i + j * kLanes, s.x[j]);
     }
-    word_index += kBlock / kWordBits;
-    if constexpr (kBucketLog2 == 9) {
-      if ((i + kBlock) % 512 == 0) {
-        finish(i, bucket);
-        for (int v = 0; v < kVectors; ++v) bucket[v] = f32x16{};
+  } else if constexpr (kBucketLog2 == 4) {
+    // As many buckets at a time as a vector has lanes.
+    for (; i + 16 * kLanes <= n; i += 16 * kLanes) {
+      f32v bucket[kLanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < 16 * kLanes / kStep; ++k) {
+        const Signed s = take(data + i + k * kStep);
+        constexpr int kEach = 16 / kLanes, kBuckets = kStep / 16;
+        for (int b = 0; b < kBuckets; ++b) {
+          f32v total = s.x[b * kEach];
+          for (int e = 1; e < kEach; ++e) total += s.x[b * kEach + e];
+          bucket[k * kBuckets + b] = total;
+        }
+      }
+      store(buckets + i / 16, sum_each(bucket));
+    }
+  } else {
+    for (; i + 512 <= n; i += 512) {
+      f32v bucket[kVectors] = {};
+      for (int k = 0; k < 512; k += kStep) {
+        const Signed s = take(data + i + k);
+        for (int j = 0; j < kStepVectors; ++j) bucket[j % kVectors] += s.x[j];
+      }
+      buckets[i / 512] = sum_lanes((bucket[0] + bucket[1]) + (bucket[2] + bucket[3]));
+    }
+  }
+
+  // What is left, a vector at a time.
+  constexpr int64_t kLength = int64_t{1} << kBucketLog2;
+  float total = 0.0f;
+  for (int j = 0; i < n; i += kLanes, ++j) {
+    const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    const f32v x = load_last(data + i, lanes);
+    const u32v minus = sign_bits(sign_word(word + j / kVectorsPerWord),
+                                 places.of[j % kVectorsPerWord]);
+    const f32v signed_x = with_sign(x, minus);
+    sums.add_first(j % kVectors, x - sums.shift[j % kVectors], lanes);
+    if constexpr (kBucketLog2 == 0) {
+      std::memcpy(buckets + i, &signed_x, lanes * sizeof(float));
+    } else {
+      total += sum_lanes(signed_x);
+      const int64_t end = i + lanes;
+      if (end % kLength == 0 || end == n) {
+        buckets[(end - 1) / kLength] = total;
+        total = 0.0f;
       }
     }
   }
-  for (int v = 0; i < n; i += kLanes, ++v) {
-    const int lanes = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    T last[kLanes] = {};
-    std::memcpy(last, data + i, lanes * sizeof(T));
-    const f32x16 x = load16(last);
-    const f32x16 signed_x = flip_signs(x, sign_word(word_index + v / 2), to_sign[v % 2]);
-    sums.add_first(v, x - sums.shift[v], lanes);
-    if constexpr (kBucketLog2 == 0) std::memcpy(buckets + i, &signed_x, lanes * sizeof(float));
-    if constexpr (kBucketLog2 == 4) buckets[i >> 4] = sum_lanes(signed_x);
-    if constexpr (kBucketLog2 == 9) bucket[v] += signed_x;
-  }
-  if constexpr (kBucketLog2 == 9)
-    if (n % 512 != 0) finish(n - 1, bucket);
 
   float squares = 0.0f;
   for (int v = 0; v < kVectors; ++v) squares += sum_lanes(sums.d2[v]);
@@ -203,8 +262,7 @@ Moments measure_elements(const T* data, int64_t first, int64_t n, int bucket_log
       if constexpr (sizeof(T) == sizeof(float)) {
         return static_cast<double>(bits_as<float>(*p));
       } else {
-        T padded[kLanes] = {*p};
-        return static_cast<double>(load16(padded)[0]);
+        return static_cast<double>(load_last(p, 1)[0]);
       }
     };
     return measure_scalars(data, first, n, bucket_log2, buckets, widen_one);
@@ -232,6 +290,25 @@ Moments measure_any(const MeasureTile& tile, float* buckets) {
                          tile.bucket_log2, buckets, [](const double* p) { return *p; });
 }
 
+SketchSums fold_buckets(const MeasureTile& tile, float* buckets, int64_t count) {
+  SketchSumsOf<f64v> lanes;
+  int64_t b = 0;
+  for (; b + kWideLanes <= count; b += kWideLanes) {
+    const f32half scaled = narrow(widen(buckets + b) * tile.inverse);
+    const f64v s = __builtin_convertvector(scaled, f64v), h = widen(tile.means + b);
+    const f32half next = narrow(moved_mean(s, h, tile.weight));
+    std::memcpy(tile.next_means + b, &next, sizeof next);
+    lanes.count(s, h, __builtin_convertvector(next, f64v));
+  }
+  SketchSums sums = {sum_lanes(lanes.power), sum_lanes(lanes.dot), sum_lanes(lanes.before),
+                     sum_lanes(lanes.after)};
+  for (; b < count; ++b) {
+    const float s = static_cast<float>(buckets[b] * tile.inverse);
+    tile.next_means[b] = update_bucket(s, tile.means[b], tile.weight, sums);
+  }
+  return sums;
+}
+
 TileSums measure(const MeasureTile& tile) {
   float buckets[kMaxBuckets];
   TileSums sums;
@@ -240,10 +317,7 @@ TileSums measure(const MeasureTile& tile) {
   sums.moments.m2 *= tile.inverse * tile.inverse;
   if (tile.means) {
     const int64_t count = (tile.count + (int64_t{1} << tile.bucket_log2) - 1) >> tile.bucket_log2;
-    for (int64_t b = 0; b < count; ++b) {
-      const float s = static_cast<float>(buckets[b] * tile.inverse);
-      tile.next_means[b] = update_bucket(s, tile.means[b], tile.weight, sums.sketch);
-    }
+    sums.sketch = fold_buckets(tile, buckets, count);
   }
   return sums;
 }
@@ -251,11 +325,10 @@ TileSums measure(const MeasureTile& tile) {
 template <class T>
 void multiply_vectors(T* data, int64_t n, float multiplier) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store16(data + i, load16(data + i) * multiplier);
+  for (; i + kLanes <= n; i += kLanes) store(data + i, load(data + i) * multiplier);
   if (i < n) {
-    T last[kLanes] = {};
-    std::memcpy(last, data + i, (n - i) * sizeof(T));
-    store16(last, load16(last) * multiplier);
+    T last[kLanes];
+    store(last, load_last(data + i, n - i) * multiplier);
     std::memcpy(data + i, last, (n - i) * sizeof(T));
   }
 }

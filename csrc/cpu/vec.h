@@ -1,9 +1,11 @@
-// Sixteen fp32 lanes in the vector extensions of GCC and Clang: one zmm, two ymm, four
-// xmm or four NEON registers. Loads and stores convert from and to a gradient's dtype.
+// The processor's own vectors in the extensions of GCC and Clang: 16 fp32 lanes with
+// AVX-512, 8 with AVX2, else 4. Loads and stores convert from and to a gradient's dtype.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -12,14 +14,20 @@
 namespace gradamp::cpu {
 namespace {  // compiled for several instruction sets: the linker must not merge the copies
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 
-using f32x16 = float __attribute__((vector_size(64)));
-using u32x16 = uint32_t __attribute__((vector_size(64)));
-using i32x16 = int32_t __attribute__((vector_size(64)));
-using u16x16 = uint16_t __attribute__((vector_size(32)));
-using f64x8 = double __attribute__((vector_size(64)));
-using f32x8 = float __attribute__((vector_size(32)));
+using f32v = float __attribute__((vector_size(4 * kLanes)));
+using u32v = uint32_t __attribute__((vector_size(4 * kLanes)));
+using u16v = uint16_t __attribute__((vector_size(2 * kLanes)));
+using f64v = double __attribute__((vector_size(4 * kLanes)));    // half as many lanes
+using f32half = float __attribute__((vector_size(2 * kLanes)));  // what it is converted from
+constexpr int kWideLanes = kLanes / 2;
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
@@ -39,45 +47,46 @@ inline V load_bytes(const void* p) {
   return v;
 }
 
-// ---- to fp32 ------------------------------------------------------------------------
-
-inline f32x16 load16(const float* p) { return load_bytes<f32x16>(p); }
-
-inline f32x16 load16(const bf16* p) {
-  return bits_as<f32x16>(__builtin_convertvector(load_bytes<u16x16>(p), u32x16) << 16);
+inline u32v widen_words(const void* p) {
+  return __builtin_convertvector(load_bytes<u16v>(p), u32v);
 }
 
-inline f32x16 load16(const fp16* p) {
+// ---- to fp32 ------------------------------------------------------------------------
+
+inline f32v load(const float* p) { return load_bytes<f32v>(p); }
+
+inline f32v load(const bf16* p) { return bits_as<f32v>(widen_words(p) << 16); }
+
+inline f32v load(const fp16* p) {
 #if defined(__AVX512F__)
-  return bits_as<f32x16>(_mm512_cvtph_ps(load_bytes<__m256i>(p)));
+  return bits_as<f32v>(_mm512_maskz_cvtph_ps(0xffff, load_bytes<__m256i>(p)));
 #elif defined(__F16C__)
-  const __m256 halves[2] = {_mm256_cvtph_ps(load_bytes<__m128i>(p)),
-                            _mm256_cvtph_ps(load_bytes<__m128i>(p + 8))};
-  return load_bytes<f32x16>(halves);
+  return bits_as<f32v>(_mm256_cvtph_ps(load_bytes<__m128i>(p)));
 #else
   // Shift the exponent and mantissa into place, then let the multiplication rebias the
   // exponent: it also normalises subnormals. Inf and NaN keep an all-ones exponent.
-  const u32x16 h = __builtin_convertvector(load_bytes<u16x16>(p), u32x16);
-  const u32x16 magnitude = (h & 0x7fffu) << 13;
-  const f32x16 scaled = bits_as<f32x16>(magnitude) * 0x1p112f;
-  const u32x16 special = bits_as<u32x16>(magnitude >= 0x0f800000u) & 0x7f800000u;
-  return bits_as<f32x16>(bits_as<u32x16>(scaled) | special | ((h & 0x8000u) << 16));
+  const u32v h = widen_words(p);
+  const u32v magnitude = (h & 0x7fffu) << 13;
+  const f32v scaled = bits_as<f32v>(magnitude) * 0x1p112f;
+  const u32v special = bits_as<u32v>(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return bits_as<f32v>(bits_as<u32v>(scaled) | special | ((h & 0x8000u) << 16));
 #endif
 }
 
 // ---- from fp32, to nearest even -----------------------------------------------------
 
-inline void store16(float* p, f32x16 x) { std::memcpy(p, &x, sizeof x); }
+inline void store(float* p, f32v x) { std::memcpy(p, &x, sizeof x); }
 
-inline void store16(bf16* p, f32x16 x) {
-  const u32x16 u = bits_as<u32x16>(x);
-  const u32x16 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const u32x16 is_nan = bits_as<u32x16>(x != x);
-  const u32x16 half = (is_nan & 0x7fc0u) | (~is_nan & rounded);
-  const u16x16 packed = __builtin_convertvector(half, u16x16);
+inline void store(bf16* p, f32v x) {
+  const u32v u = bits_as<u32v>(x);
+  const u32v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const u32v is_nan = bits_as<u32v>(x != x);
+  const u32v half = (is_nan & 0x7fc0u) | (~is_nan & rounded);
+  const u16v packed = __builtin_convertvector(half, u16v);
   std::memcpy(p, &packed, sizeof packed);
 }
 
+#if !defined(__F16C__)
 inline uint16_t to_fp16_bits(float x) {
   const uint32_t u = bits_as<uint32_t>(x);
   const uint32_t sign = (u >> 16) & 0x8000u;
@@ -92,44 +101,83 @@ inline uint16_t to_fp16_bits(float x) {
   const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
   return static_cast<uint16_t>(sign | (rounded >> 13));
 }
+#endif
 
-inline void store16(fp16* p, f32x16 x) {
+inline void store(fp16* p, f32v x) {
 #if defined(__AVX512F__)
-  const __m256i half = _mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  const __m256i half =
+      _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(p, &half, sizeof half);
 #elif defined(__F16C__)
-  __m256 halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  for (int i = 0; i < 2; ++i) {
-    const __m128i half = _mm256_cvtps_ph(halves[i], _MM_FROUND_TO_NEAREST_INT);
-    std::memcpy(p + 8 * i, &half, sizeof half);
-  }
+  const __m128i half = _mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &half, sizeof half);
 #else
   for (int lane = 0; lane < kLanes; ++lane) p[lane].bits = to_fp16_bits(x[lane]);
 #endif
 }
 
-// ---- reductions ---------------------------------------------------------------------
+// ---- fp64 ---------------------------------------------------------------------------
 
-// A fixed tree: lanes i and i + 8, then i + 4, i + 2, i + 1.
-inline float sum_lanes(f32x16 x) {
-  float a[kLanes];
+inline f64v widen(const float* p) {
+  return __builtin_convertvector(load_bytes<f32half>(p), f64v);
+}
+
+inline f32half narrow(f64v x) { return __builtin_convertvector(x, f32half); }
+
+inline void widen(f32v x, f64v out[2]) {
+  float lanes[kLanes];
+  store(lanes, x);
+  out[0] = widen(lanes);
+  out[1] = widen(lanes + kWideLanes);
+}
+
+// ---- reductions, each in a fixed order ----------------------------------------------
+
+template <class V>
+inline auto sum_lanes(V x) {
+  constexpr int kCount = sizeof x / sizeof x[0];
+  std::remove_cv_t<std::remove_reference_t<decltype(x[0])>> a[kCount];
   std::memcpy(a, &x, sizeof x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
+  for (int width = kCount / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) a[i] += a[i + width];
   return a[0];
 }
 
-inline double sum_lanes(f64x8 x) {
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+#if __has_builtin(__builtin_shufflevector)
+// Where lane `lane` finds its addend when vectors of groups of 2 * kHalf lanes, two vectors
+// at a time, become one of twice as many groups of kHalf.
+template <int kHalf>
+constexpr int addend(int lane) {
+  constexpr int kGroups = kLanes / (2 * kHalf);
+  const int group = lane / kHalf;
+  return group / kGroups * kLanes + group % kGroups * 2 * kHalf + lane % kHalf;
 }
 
-inline void widen(f32x16 x, f64x8 out[2]) {
-  f32x8 halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  out[0] = __builtin_convertvector(halves[0], f64x8);
-  out[1] = __builtin_convertvector(halves[1], f64x8);
+template <int kHalf, int... kLane>
+inline f32v fold_pair(f32v a, f32v b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, addend<kHalf>(kLane)...) +
+         __builtin_shufflevector(a, b, (addend<kHalf>(kLane) + kHalf)...);
 }
+
+template <int kHalf>
+inline void fold_all(f32v (&v)[kLanes]) {
+  for (int i = 0; i < kHalf; ++i)
+    v[i] = fold_pair<kHalf>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kLanes>());
+  if constexpr (kHalf > 1) fold_all<kHalf / 2>(v);
+}
+
+// Lane i of the result is the sum over v[i].
+inline f32v sum_each(f32v (&v)[kLanes]) {
+  fold_all<kLanes / 2>(v);
+  return v[0];
+}
+#else
+inline f32v sum_each(f32v (&v)[kLanes]) {
+  f32v sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = sum_lanes(v[i]);
+  return sums;
+}
+#endif
 
 }  // namespace
 }  // namespace gradamp::cpu
