@@ -82,11 +82,8 @@ constexpr int kElementBytes = 16 / E::kPerVector;
 
 // ---- one vector at any address ------------------------------------------------------
 
-// Two aligned loads, both holding bytes that are asked for, shifted into place. The offset
-// is the same for all vectors of a tensor.
-__device__ inline uint4 load_misaligned(const char* p, unsigned offset) {
-  const uint4* aligned = reinterpret_cast<const uint4*>(p - offset);
-  const uint4 a = aligned[0], b = aligned[1];
+// Bytes offset ... offset + 15 of a and b, one behind the other; 0 < offset < 16.
+__device__ inline uint4 realigned(uint4 a, uint4 b, unsigned offset) {
   uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   if (offset & 8) {
 #pragma unroll
@@ -126,8 +123,9 @@ __device__ inline uint4 load_part(const char* p, int valid) {
                     static_cast<uint32_t>(half[1]), static_cast<uint32_t>(half[1] >> 32));
 }
 
+// Elements begin ... end - 1 of a vector, to where they belong in the vector at p.
 template <class E>
-__device__ inline void store_part(char* p, uint4 v, int valid) {
+__device__ inline void store_part(char* p, uint4 v, int begin, int end) {
   using U = typename Unit<kElementBytes<E>>::type;
   constexpr int kPerHalf = E::kPerVector / 2;
   constexpr int kBits = 8 * kElementBytes<E>;
@@ -135,7 +133,7 @@ __device__ inline void store_part(char* p, uint4 v, int valid) {
                             v.z | static_cast<uint64_t>(v.w) << 32};
 #pragma unroll
   for (int i = 0; i < E::kPerVector; ++i)
-    if (i < valid)
+    if (begin <= i && i < end)
       reinterpret_cast<U*>(p)[i] = static_cast<U>(half[i / kPerHalf] >> (i % kPerHalf * kBits));
 }
 

@@ -7,6 +7,19 @@ namespace gradamp::cuda {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// Read anew at each call: held across a loop over elements they would cost registers that
+// the loop needs.
+__device__ inline int lane_index() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+__device__ inline int warp_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread / 32;
+}
+
 template <class T>
 __device__ inline T butterfly_sum(T x, int width = 32) {
   for (int mask = width / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
@@ -14,7 +27,7 @@ __device__ inline T butterfly_sum(T x, int width = 32) {
 }
 
 struct WarpGroup {
-  __device__ int rank() const { return threadIdx.x % 32; }
+  __device__ int rank() const { return lane_index(); }
   __device__ int size() const { return 32; }
   __device__ double sum(double x) const { return butterfly_sum(x); }
   __device__ int64_t sum(int64_t x) const { return butterfly_sum(static_cast<long long>(x)); }

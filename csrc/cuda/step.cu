@@ -35,7 +35,7 @@ __device__ inline bool is_last(uint32_t* ticket, uint32_t count) {
 __device__ inline bool warp_is_last(uint32_t* ticket, int count) {
   __syncwarp();
   int last = 0;
-  if (threadIdx.x % 32 == 0) last = is_last(ticket, static_cast<uint32_t>(count));
+  if (lane_index() == 0) last = is_last(ticket, static_cast<uint32_t>(count));
   last = __shfl_sync(kAllLanes, last, 0);
   __syncwarp();
   return last;
@@ -51,7 +51,8 @@ __device__ inline TileSums fresh(const TileSums* p) {
 // Sums of p[0 .. count), the same in every lane: each lane's in order, then across lanes.
 __device__ inline TileSums warp_total(const TileSums* p, int count) {
   TileSums mine;
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
+#pragma unroll 1
+  for (int i = lane_index(); i < count; i += 32) {
     const TileSums next = fresh(p + i);
     mine.moments = merge(mine.moments, next.moments);
     add(mine.sketch, next.sketch);
@@ -69,12 +70,10 @@ __device__ inline void random_delay(uint32_t seed, int tile) {
 }
 
 // Publishes a tile's sums; the last warp of a layer adds the layer up.
-__device__ inline void publish(const StepArgs& a, int tile, const TileSums& sums) {
+__device__ inline void publish(const StepArgs& a, int tile, int layer, const TileSums& sums) {
   const Workspace& w = a.work;
-  const int32_t own = a.tables.tensors[a.tables.tile_tensor[tile]].layer;
-  const int layer = own < 0 ? a.num_layers : own;
   const LayerTiles at = a.tables.layers[layer];
-  const bool leader = threadIdx.x % 32 == 0;
+  const bool leader = lane_index() == 0;
   if (leader) w.tiles[tile] = sums;
   random_delay(a.stress, tile);
 
@@ -101,27 +100,32 @@ __device__ inline void with_element(DType dtype, Visitor&& visit) {
   }
 }
 
-struct Place {
-  TileData tile;
+// A tile, and all that a warp needs to know to work on it.
+struct Job {
+  TileData tile;  // data null: no gradient
   DType dtype;
   int tensor;
+  int layer;  // num_layers: excluded
+  int buckets;
+  RunningMeans means;  // null: excluded
 };
 
 template <int kCapacity>
-__device__ inline Place locate(const StepArgs& a, const AddressTable<kCapacity>& table, int tile) {
-  Place at;
-  at.tensor = a.tables.tile_tensor[tile];
-  const TensorInfo& info = a.tables.tensors[at.tensor];
-  const uint64_t tagged = table.tagged[at.tensor - a.tensor_begin];
-  at.dtype = static_cast<DType>(tagged >> kDTypeShift);
-  at.tile.first = (tile - info.first_tile) * kTileElements;
-  const int64_t left = info.numel - at.tile.first;
-  const int bytes = at.dtype == DType::kFloat64 ? 8 : at.dtype == DType::kFloat32 ? 4 : 2;
+__device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>& table, int tile) {
+  Job job;
+  job.tensor = a.tables.tile_tensor[tile];
+  const TensorInfo& info = a.tables.tensors[job.tensor];
+  const uint64_t tagged = table.tagged[job.tensor - a.tensor_begin];
+  job.dtype = static_cast<DType>(tagged >> kDTypeShift);
+  job.layer = info.layer < 0 ? a.num_layers : info.layer;
+  const int64_t first = (tile - info.first_tile) * kTileElements;
+  const int64_t left = info.numel - first;
+  const int bytes = job.dtype == DType::kFloat64 ? 8 : job.dtype == DType::kFloat32 ? 4 : 2;
   const uint64_t address = tagged & ((uint64_t{1} << kDTypeShift) - 1);
-  at.tile.data = address ? reinterpret_cast<char*>(address) + at.tile.first * bytes : nullptr;
-  at.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
-  at.tile.bucket_log2 = info.bucket_log2;
-  return at;
+  job.tile.data = address ? reinterpret_cast<char*>(address) + first * bytes : nullptr;
+  job.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
+  job.tile.first_word = static_cast<uint32_t>(first >> 5);
+  return job;
 }
 
 __device__ inline double as_applied(double multiplier, DType dtype) {
@@ -132,115 +136,120 @@ __device__ inline double inverse_scale(const StepArgs& a) {
   return a.grad_scale ? 1.0 / static_cast<double>(*a.grad_scale) : 1.0;
 }
 
-__device__ inline RunningMeans running_means(const StepArgs& a, const Place& at) {
-  const TensorInfo& info = a.tables.tensors[at.tensor];
-  const int32_t parity = a.state.parity[at.tensor];
-  float* row = a.state.sketch + info.first_bucket + (at.tile.first >> info.bucket_log2);
-  return {row + parity * a.state.buckets, row + (1 - parity) * a.state.buckets, inverse_scale(a),
-          next_weight(a.state.layers[info.layer], a.config.decay)};
+// Where the tile's buckets are kept; none for excluded tensors.
+__device__ inline void find_buckets(const StepArgs& a, Job& job) {
+  job.means = {nullptr, nullptr, inverse_scale(a), 0.0};
+  job.tile.run_log2 = 0;
+  if (job.layer == a.num_layers) return;
+  const TensorInfo& info = a.tables.tensors[job.tensor];
+  const int64_t first = static_cast<int64_t>(job.tile.first_word) << 5 >> info.bucket_log2;
+  float* row = a.state.sketch + info.first_bucket + first;
+  const int32_t parity = a.state.parity[job.tensor];
+  job.means.before = row + parity * a.state.buckets;
+  job.means.after = row + (1 - parity) * a.state.buckets;
+  job.means.weight = next_weight(a.state.layers[job.layer], a.config.decay);
+  job.tile.run_log2 = info.bucket_log2;
+  job.buckets = (job.tile.count + (1 << info.bucket_log2) - 1) >> info.bucket_log2;
 }
 
 // What the first phase multiplies a tensor by: what is known before this step's sums.
-__device__ inline double standing_multiplier(const StepArgs& a, const Place& at, double factor) {
+__device__ inline double standing_multiplier(const StepArgs& a, const Job& job, double factor) {
   if (!a.write_in_first_phase) return 1.0;
-  const int32_t layer = a.tables.tensors[at.tensor].layer;
-  const double own = layer < 0 ? 1.0 : amplification(a.state.layers[layer], factor);
-  return as_applied(own * (a.unscale ? inverse_scale(a) : 1.0), at.dtype);
+  const double own =
+      job.layer == a.num_layers ? 1.0 : amplification(a.state.layers[job.layer], factor);
+  return as_applied(own * (a.unscale ? job.means.inverse : 1.0), job.dtype);
 }
 
 // What a warp sets aside while its registers hold gradients.
 struct WarpMemory {
   float buckets[kMaxBuckets];
   SketchSums sketch;
+  Job job;
 };
 
-// The same value, but the compiler does not know: what is derived from it is derived anew
-// instead of being held in registers across the loop over elements.
-__device__ inline int anew(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
+// Where the warp keeps the tile that it measured last, if shared memory has room for it.
+// fp64 tiles are twice as large and are read again.
+template <class E>
+__device__ inline uint4* kept_tile(int kept_tiles) {
+  extern __shared__ uint4 slots[];
+  if (sizeof(typename E::Wide) == 8 || warp_index() >= kept_tiles) return nullptr;
+  return slots + warp_index() * kKeptVectors;
 }
 
-// The lanes' moments of a tile, before grad_scale; its buckets go to `memory`.
+// Measures a tile and multiplies it where that is known already.
 template <int kCapacity>
-__device__ inline Moments measure_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                       int tile, double factor, uint4* kept,
-                                       WarpMemory& memory) {
-  const Place at = locate(a, table, tile);
-  if (!at.tile.data) return Moments{};
-  const double multiplier = standing_multiplier(a, at, factor);
-  const bool sketched = at.tensor < a.measured;
-  uint4* keep = kept && at.dtype != DType::kFloat64 ? kept : nullptr;
-  Moments lane;
-  with_element(at.dtype, [&](auto element) {
-    using E = decltype(element);
-    if (sketched && at.tile.bucket_log2 == 0) {
-      WarpGroup warp;
-      const SketchSums sums = add_all(fold_elements<E>(at.tile, running_means(a, at)), warp);
-      if (warp.rank() == 0) memory.sketch = sums;
-    }
-    const bool in_runs = sketched && at.tile.bucket_log2 > 0;
-    lane = measure_elements<E>(at.tile, multiplier, keep, in_runs ? memory.buckets : nullptr);
-  });
-  return lane;
-}
-
-template <int kCapacity>
-__device__ inline void finish_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                   int tile, const Moments& lane, WarpMemory& memory) {
+__device__ inline void measure_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
+                                    int tile, double factor, int kept_tiles, WarpMemory& memory) {
   WarpGroup warp;
-  TileSums sums = {merge_all(lane, warp), SketchSums{}};
-  const double inverse = inverse_scale(a);
-  sums.moments.mean *= inverse;
-  sums.moments.m2 *= inverse * inverse;
-  const Place at = locate(a, table, tile);
-  if (at.tile.data && at.tensor < a.measured) {
+  Moments lane;
+  {
+    Job job = find_tile(a, table, tile);
+    find_buckets(a, job);
+    const double multiplier = standing_multiplier(a, job, factor);
     __syncwarp();
-    sums.sketch = at.tile.bucket_log2 == 0
-                      ? memory.sketch
-                      : add_all(fold_buckets(at.tile, memory.buckets, running_means(a, at)), warp);
+    if (warp.rank() == 0) memory.job = job, memory.sketch = SketchSums{};
     __syncwarp();
+    if (job.tile.data) {
+      with_element(job.dtype, [&](auto element) {
+        using E = decltype(element);
+        if (job.means.before && job.tile.run_log2 == 0) {
+          const SketchSums sums = add_all(fold_elements<E>(job.tile, job.means), warp);
+          if (warp.rank() == 0) memory.sketch = sums;
+          __syncwarp();
+        }
+        lane = measure_elements<E>(job.tile, multiplier, kept_tile<E>(kept_tiles), memory.buckets);
+      });
+    }
   }
-  publish(a, tile, sums);
+  TileSums sums = {merge_all(lane, warp), SketchSums{}};
+  __syncwarp();
+  const Job& job = memory.job;
+  sums.moments.mean *= job.means.inverse;
+  sums.moments.m2 *= job.means.inverse * job.means.inverse;
+  sums.sketch = memory.sketch;
+  if (job.tile.data && job.tile.run_log2)
+    sums.sketch = add_all(fold_buckets(job.buckets, memory.buckets, job.means), warp);
+  publish(a, tile, job.layer, sums);
 }
 
 template <int kCapacity>
 __device__ inline void measure_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                     int warp, int warps, uint4* kept) {
+                                     int kept_tiles) {
   __shared__ WarpMemory memory[kWarps];
   __shared__ double factor;
   if (threadIdx.x == 0) factor = active_factor(a.config, *a.state.global);
   __syncthreads();
-  WarpMemory& own = memory[threadIdx.x / 32];
+  const int warps = gridDim.x * kWarps;
 #pragma unroll 1
-  for (int tile = a.tile_begin + warp; tile < a.tile_end; tile += warps) {
-    uint4* keep = tile + warps >= a.tile_end ? kept : nullptr;
-    const Moments lane = measure_tile(a, table, tile, factor, keep, own);
-    finish_tile(a, table, anew(tile), lane, own);
+  for (int tile = a.tile_begin + blockIdx.x * kWarps + warp_index(); tile < a.tile_end;
+       tile += warps) {
+    const bool last = tile + warps >= a.tile_end;
+    measure_tile(a, table, tile, factor, last ? kept_tiles : 0, memory[warp_index()]);
   }
 }
 
 template <int kCapacity>
 __device__ inline void multiply_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                      int warp, int warps, uint4* kept) {
+                                      int kept_tiles) {
   const Verdict verdict = *a.work.verdict;
-  const int tiles = a.tile_end - a.tile_begin;
-  if (!verdict.counted || warp >= tiles) return;
+  if (!verdict.counted) return;
   const double common = verdict.coefficient * (a.unscale ? inverse_scale(a) : 1.0);
+  const int warps = gridDim.x * kWarps;
+  const int first = a.tile_begin + blockIdx.x * kWarps + warp_index();
+  if (first >= a.tile_end) return;
   // Backwards: what was read last may still be in shared memory or L2.
-  const int last = warp + (tiles - 1 - warp) / warps * warps;
+  const int last = first + (a.tile_end - 1 - first) / warps * warps;
 #pragma unroll 1
-  for (int i = last; i >= 0; i -= warps) {
-    const Place at = locate(a, table, a.tile_begin + i);
-    if (!at.tile.data) continue;
-    const int32_t layer = a.tables.tensors[at.tensor].layer;
-    const double own =
-        layer < 0 ? 1.0 : a.work.scratch.amplified[layer];
-    const double multiplier = as_applied(own * common, at.dtype);
+  for (int tile = last; tile >= first; tile -= warps) {
+    const Job job = find_tile(a, table, tile);
+    if (!job.tile.data) continue;
+    const double own = job.layer == a.num_layers ? 1.0 : a.work.scratch.amplified[job.layer];
+    const double multiplier = as_applied(own * common, job.dtype);
     if (multiplier == 1.0) continue;
-    const uint4* keep = i == last && at.dtype != DType::kFloat64 ? kept : nullptr;
-    with_element(at.dtype, [&](auto element) {
-      multiply_elements<decltype(element)>(at.tile, multiplier, keep);
+    const int kept = tile == last ? kept_tiles : 0;
+    with_element(job.dtype, [&](auto element) {
+      using E = decltype(element);
+      multiply_elements<E>(job.tile, multiplier, kept_tile<E>(kept));
     });
   }
 }
@@ -283,13 +292,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     step_kernel(const __grid_constant__ StepArgs a,
                 const __grid_constant__ AddressTable<kCapacity> table, int phases,
                 int kept_tiles) {
-  // Shared memory holds the tile that a warp measured last, if there is room for it. fp64
-  // tiles are twice as large and are read again.
-  extern __shared__ uint4 slots[];
   __shared__ bool decides;
-  const int warps = gridDim.x * kWarps;
-  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
-  uint4* kept = threadIdx.x / 32 < kept_tiles ? slots + threadIdx.x / 32 * kKeptVectors : nullptr;
   const bool first_thread = blockIdx.x == 0 && threadIdx.x == 0;
 
   if (phases & kMeasure) {
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (first_thread && a.first_launch) count_skipped_step(a);
       return;
     }
-    measure_tiles(a, table, warp, warps, kept);
+    measure_tiles(a, table, kept_tiles);
     if (a.last_launch) {
       __syncthreads();
       if (threadIdx.x == 0) decides = is_last(a.work.block_ticket, gridDim.x);
@@ -306,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
   }
   if (phases == kBoth) cooperative_groups::this_grid().sync();
-  if (phases & kMultiply) multiply_tiles(a, table, warp, warps, kept);
+  if (phases & kMultiply) multiply_tiles(a, table, kept_tiles);
 }
 
 template <int kCapacity>

@@ -1,7 +1,9 @@
 // One warp on one tile of one gradient: statistics, sketch and multiplication in one read.
 //
-// Element i of an iteration belongs to the lane and vector that its index says, whatever
-// its address, so sums do not depend on alignment.
+// A row is one 16-byte vector in every lane. Tiles go in steps of several rows, whose loads
+// run ahead of their use by one step; what is left at the end of a tensor goes row by row.
+// Which lane and vector an element belongs to follows from its index alone, so sums do not
+// depend on alignment.
 #pragma once
 
 #include "../moments.h"
@@ -12,267 +14,290 @@
 
 namespace gradamp::cuda {
 
-// 16-byte loads a lane has in flight. fp64 takes fewer: its sums need twice the registers.
-template <class E>
-constexpr int kVectors = kElementBytes<E> == 8 ? 4 : 8;
+constexpr int kStepRows = 4;
+constexpr int kRowBytes = 512;
+constexpr int kStepBytes = kStepRows * kRowBytes;
 
-// An iteration: what a warp loads at once.
 template <class E>
-constexpr int kIterationElements = kVectors<E> * 32 * E::kPerVector;
+constexpr int kRowElements = 32 * E::kPerVector;
+template <class E>
+constexpr int kStepElements = kStepRows * kRowElements<E>;
 
 constexpr int kMaxBuckets = kTileElements / 16;  // of a tile whose buckets are longer than one
 
 struct TileData {
-  char* data;       // the tile's first element, null: no gradient
-  int64_t first;    // its index in the tensor
-  int count;        // 1 ... kTileElements
-  int bucket_log2;
+  char* data;           // the tile's first element
+  int count;            // 1 ... kTileElements
+  uint32_t first_word;  // of signs: the first element's index / 32
+  int run_log2;         // length of the sketch's buckets; 0: they are not summed here
 };
 
-// ---- per element: no fp64 for fp32, fp16 and bf16 -----------------------------------
-
-// The part of an iteration that one lane holds.
+// This lane's elements of a row of which `left` elements lie inside the tensor.
 template <class E>
-struct Vectors {
-  uint4 raw[kVectors<E>];
-};
-
-template <class E>
-struct LaneSums {
-  typename E::Wide shift, d, d2;       // of x - shift
-  typename E::Wide part[kVectors<E>];  // signed sum of each vector
-};
-
-// Elements of vector j of this lane that lie inside the tile; `left` are those of the
-// iteration.
-template <class E>
-__device__ inline int valid_elements(int j, int left) {
-  const int valid = left - (j * 32 + static_cast<int>(threadIdx.x % 32)) * E::kPerVector;
+__device__ inline int valid_elements(int left) {
+  const int valid = left - lane_index() * E::kPerVector;
   return valid < 0 ? 0 : valid > E::kPerVector ? E::kPerVector : valid;
 }
 
-// Keeps the compiler from holding what it unpacked before for use behind this point.
+// ---- per element: no fp64 for fp32, fp16 and bf16 -----------------------------------
+
+// Sums of one vector's elements x.
 template <class E>
-__device__ inline void forget_unpacked(Vectors<E>& v) {
-#pragma unroll
-  for (int j = 0; j < kVectors<E>; ++j)
-    asm volatile("" : "+r"(v.raw[j].x), "+r"(v.raw[j].y), "+r"(v.raw[j].z), "+r"(v.raw[j].w));
-}
+struct VectorSums {
+  typename E::Wide d, d2;  // of x - shift and its square
+  typename E::Wide part;   // of x with its sign in the sketch
+};
 
+// Bit e of `signs` is element e's. Only the first `valid` elements count unless kFull.
 template <class E, bool kFull>
-__device__ inline void load(Vectors<E>& v, const char* data, int left) {
-  const char* p = data + threadIdx.x % 32 * 16;
-  const unsigned offset = reinterpret_cast<uintptr_t>(data) % 16;
-#pragma unroll
-  for (int j = 0; j < kVectors<E>; ++j) {
-    const int valid = kFull ? E::kPerVector : valid_elements<E>(j, left);
-    if (!kFull && valid < E::kPerVector) {
-      v.raw[j] = load_part<E>(p + j * 512, valid);
-    } else if (offset == 0) {
-      v.raw[j] = *reinterpret_cast<const uint4*>(p + j * 512);
-    } else {
-      v.raw[j] = load_misaligned(p + j * 512, offset);
-    }
-  }
-}
-
-template <class E, bool kFull>
-__device__ inline void store_scaled(const Vectors<E>& v, char* data, int left,
-                                    typename E::Wide multiplier) {
-  char* p = data + threadIdx.x % 32 * 16;
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-#pragma unroll
-  for (int j = 0; j < kVectors<E>; ++j) {
-    const int valid = kFull ? E::kPerVector : valid_elements<E>(j, left);
-    const uint4 product = scaled<E>(v.raw[j], multiplier);
-    if (aligned && valid == E::kPerVector) {
-      *reinterpret_cast<uint4*>(p + j * 512) = product;
-    } else {
-      store_part<E>(p + j * 512, product, valid);
-    }
-  }
-}
-
-// `words` are the sign words of the iteration, `words[k]` of lane l being word 32 k + l.
-template <class E, bool kFull>
-__device__ inline void accumulate(const Vectors<E>& v, const uint32_t* words, int left,
-                                  LaneSums<E>& sums) {
+__device__ inline VectorSums<E> add_up(uint4 raw, typename E::Wide shift, uint32_t signs,
+                                       int valid) {
   using Wide = typename E::Wide;
-  constexpr int kPerWord = 32 / E::kPerVector;  // vectors of a sign word
-  const int lane = threadIdx.x % 32;
+  VectorSums<E> sums = {};
   Wide x[E::kPerVector];
-  E::unpack(v.raw[0], x);
-  sums.shift = x[0], sums.d = 0, sums.d2 = 0;
+  E::unpack(raw, x);
 #pragma unroll
-  for (int j = 0; j < kVectors<E>; ++j) {
-    const int word = (j * 32) / kPerWord + lane / kPerWord;
-    const uint32_t own = words[j * 32 / kPerWord / 32];
-    const uint32_t signs = __shfl_sync(kAllLanes, own, word) >> (lane % kPerWord * E::kPerVector);
-    const int valid = kFull ? E::kPerVector : valid_elements<E>(j, left);
-    E::unpack(v.raw[j], x);
-    sums.part[j] = 0;
-#pragma unroll
-    for (int e = 0; e < E::kPerVector; ++e) {
-      const Wide delta = kFull || e < valid ? x[e] - sums.shift : Wide(0);
-      sums.d += delta;
-      sums.d2 += delta * delta;
-      const uint32_t minus = (signs << (31 - e)) & 0x80000000u;
-      if constexpr (sizeof(Wide) == 4) {
-        sums.part[j] += __uint_as_float(__float_as_uint(x[e]) ^ minus);
-      } else {
-        sums.part[j] += __hiloint2double(__double2hiint(x[e]) ^ static_cast<int>(minus),
-                                         __double2loint(x[e]));
-      }
+  for (int e = 0; e < E::kPerVector; ++e) {
+    const Wide delta = kFull || e < valid ? x[e] - shift : Wide(0);
+    sums.d += delta;
+    sums.d2 += delta * delta;
+    const uint32_t minus = (signs << (31 - e)) & 0x80000000u;
+    if constexpr (sizeof(Wide) == 4) {
+      sums.part += __uint_as_float(__float_as_uint(x[e]) ^ minus);
+    } else {
+      sums.part += __hiloint2double(__double2hiint(x[e]) ^ static_cast<int>(minus),
+                                    __double2loint(x[e]));
     }
   }
+  return sums;
 }
 
-// Moments of the lane's elements. Where squares leave the range of fp32 they are taken
-// again, scaled into it.
+__device__ inline bool squares_out_of_range(float d2) { return !(d2 >= 1e-28f && d2 <= 1e34f); }
+
+// Sums of x - shift and its square, of vectors whose squares leave the range of fp32: taken
+// after scaling. `d2` is what came of it without.
 template <class E, bool kFull>
-__device__ inline Moments lane_moments(Vectors<E>& v, const LaneSums<E>& sums, int left) {
-  double count = kVectors<E> * E::kPerVector;
-  if (!kFull) {
-    int valid = 0;
+__device__ inline VectorSums<E> add_up_scaled(uint4 raw, float shift, float d2, int valid,
+                                              float scale) {
+  // 0, but the compiler does not know: it would hold what was unpacked before for use here.
+  const uint32_t zero = d2 == 1.0f;
+  VectorSums<E> sums = {};
+  float x[E::kPerVector];
+  E::unpack(make_uint4(raw.x ^ zero, raw.y ^ zero, raw.z ^ zero, raw.w ^ zero), x);
 #pragma unroll
-    for (int j = 0; j < kVectors<E>; ++j) valid += valid_elements<E>(j, left);
-    if (valid == 0) return Moments{};
-    count = valid;
+  for (int e = 0; e < E::kPerVector; ++e) {
+    const float delta = kFull || e < valid ? x[e] * scale - shift * scale : 0.0f;
+    sums.d += delta;
+    sums.d2 += delta * delta;
   }
-  if constexpr (sizeof(typename E::Wide) == 4) {
-    if (!(sums.d2 >= 1e-28f && sums.d2 <= 1e34f)) {
-      forget_unpacked(v);
-      const float scale = sums.d2 < 1e-28f ? 0x1p96f : 0x1p-96f;
-      const float shift = sums.shift * scale;
-      float d = 0.0f, d2 = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kVectors<E>; ++j) {
-        float x[E::kPerVector];
-        E::unpack(v.raw[j], x);
-        const int valid = kFull ? E::kPerVector : valid_elements<E>(j, left);
-#pragma unroll
-        for (int e = 0; e < E::kPerVector; ++e) {
-          const float delta = kFull || e < valid ? x[e] * scale - shift : 0.0f;
-          d += delta;
-          d2 += delta * delta;
-        }
-      }
-      Moments m = shifted_moments(count, shift, d, d2);
-      const double back = sums.d2 < 1e-28f ? 0x1p-96 : 0x1p96;
-      m.mean *= back;
-      m.m2 *= back * back;
-      return m;
-    }
-  }
-  return shifted_moments(count, sums.shift, sums.d, sums.d2);
+  return sums;
 }
 
-// Signed sums of runs of 16 elements, those of neighbouring lanes, or of whole rows of
-// vectors: 512 elements. `begin` is the iteration's first element in the tile.
+// ---- a lane's part of a tile: fp64 from here up -------------------------------------
+
 template <class E>
-__device__ inline void store_buckets(const LaneSums<E>& sums, int begin, int bucket_log2,
-                                     float* buckets) {
-  const int lane = threadIdx.x % 32;
-  if (bucket_log2 == 4) {
+struct LaneSums {
+  typename E::Wide shift;       // the lane's first element
+  typename E::Wide d, d2;       // since the last flush
+  double total_d, total_d2;
+
+  __device__ void flush() {
+    total_d += d, total_d2 += d2;
+    d = 0, d2 = 0;
+  }
+};
+
+template <class E, bool kFull>
+__device__ inline void add(LaneSums<E>& lane, const VectorSums<E>& v, uint4 raw, int valid) {
+  if constexpr (sizeof(typename E::Wide) == 4) {
+    if (squares_out_of_range(v.d2)) {
+      const bool small = v.d2 < 1.0f;
+      const VectorSums<E> again = add_up_scaled<E, kFull>(raw, lane.shift, v.d2, valid,
+                                                          small ? 0x1p96f : 0x1p-96f);
+      const double back = small ? 0x1p-96 : 0x1p96;
+      lane.total_d += again.d * back;
+      lane.total_d2 += again.d2 * (back * back);
+      return;
+    }
+  }
+  lane.d += v.d;
+  lane.d2 += v.d2;
+}
+
+// ---- sketch -------------------------------------------------------------------------
+
+// Signed sums of runs of 16 elements, those of neighbouring lanes, or of 512, whole rows.
+// `begin` is the first element's place in the tile.
+template <class E, int kRows>
+__device__ inline void store_buckets(const typename E::Wide (&part)[kRows], int begin,
+                                     int run_log2, float* buckets) {
+  using Wide = typename E::Wide;
+  const int lane = lane_index();
+  if (run_log2 == 4) {
     constexpr int kLanes = 16 / E::kPerVector;
 #pragma unroll
-    for (int j = 0; j < kVectors<E>; ++j) {
-      const typename E::Wide s = butterfly_sum(sums.part[j], kLanes);
+    for (int j = 0; j < kRows; ++j) {
+      const Wide s = butterfly_sum(part[j], kLanes);
       if (lane % kLanes == 0)
         buckets[begin / 16 + (j * 32 + lane) / kLanes] = static_cast<float>(s);
     }
   } else {
-    constexpr int kAll = 512 / (32 * E::kPerVector);
-    constexpr int kRows = kAll < kVectors<E> ? kAll : kVectors<E>;
+    constexpr int kAll = 512 / kRowElements<E>;  // rows of a bucket
+    constexpr int kSome = kAll < kRows ? kAll : kRows;
 #pragma unroll
-    for (int j0 = 0; j0 < kVectors<E>; j0 += kRows) {
-      typename E::Wide s = 0;
+    for (int j = 0; j < kRows; j += kSome) {
+      Wide s = 0;
 #pragma unroll
-      for (int k = 0; k < kRows; ++k) s += sums.part[j0 + k];
+      for (int k = 0; k < kSome; ++k) s += part[j + k];
       s = butterfly_sum(s);
-      const int element = begin + j0 * 32 * E::kPerVector;
-      if (lane == 0) {
-        float& bucket = buckets[element / 512];
-        bucket = static_cast<float>(element % 512 == 0 ? s : bucket + s);
-      }
+      const int element = begin + j * kRowElements<E>;
+      float& bucket = buckets[element / 512];
+      if (lane == 0) bucket = static_cast<float>(element % 512 == 0 ? s : bucket + s);
     }
   }
 }
 
-// ---- a tile's elements --------------------------------------------------------------
+// ---- loads and stores ---------------------------------------------------------------
 
-// 1 / k: the part of the k-th of k equal sets.
-__device__ constexpr double kShare[] = {
-    0,        1,        1.0 / 2,  1.0 / 3,  1.0 / 4,  1.0 / 5,  1.0 / 6,  1.0 / 7, 1.0 / 8,
-    1.0 / 9,  1.0 / 10, 1.0 / 11, 1.0 / 12, 1.0 / 13, 1.0 / 14, 1.0 / 15, 1.0 / 16};
+// A lane's vectors of a step. At a misaligned address they are read as aligned words of 16
+// bytes that begin up to 15 bytes early.
+struct Ahead {
+  uint4 words[kStepRows];
+};
 
-template <class E>
-__device__ inline void sign_words(int64_t first, uint32_t (&words)[(kIterationElements<E> + 1023) / 1024]) {
-#pragma unroll
-  for (int w = 0; w < (kIterationElements<E> + 1023) / 1024; ++w)
-    words[w] = sign_word(static_cast<uint32_t>(first >> 5) + w * 32 + threadIdx.x % 32);
+__device__ inline unsigned misalignment(const char* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16;
 }
+
+__device__ inline uint4 load_word(const char* p) {
+  return *reinterpret_cast<const uint4*>(p - misalignment(p));
+}
+
+// The vector at p, of which `word` was loaded ahead.
+__device__ inline uint4 complete(uint4 word, const char* p) {
+  const unsigned offset = misalignment(p);
+  return offset == 0 ? word : realigned(word, load_word(p + 16), offset);
+}
+
+// Stores a row, whose vector of this lane belongs at p. A misaligned row goes out in aligned
+// words that neighbouring lanes' vectors share; only its two ends go element by element.
+template <class E>
+__device__ inline void store_row(char* p, uint4 v) {
+  const unsigned offset = misalignment(p);
+  if (offset == 0) {
+    *reinterpret_cast<uint4*>(p) = v;
+    return;
+  }
+  const int lane = lane_index();
+  const int split = static_cast<int>(16 - offset) / kElementBytes<E>;
+  const uint4 before =
+      make_uint4(__shfl_up_sync(kAllLanes, v.x, 1), __shfl_up_sync(kAllLanes, v.y, 1),
+                 __shfl_up_sync(kAllLanes, v.z, 1), __shfl_up_sync(kAllLanes, v.w, 1));
+  if (lane > 0) *reinterpret_cast<uint4*>(p - offset) = realigned(before, v, 16 - offset);
+  if (lane == 0 || lane == 31)
+    store_part<E>(p, v, lane == 0 ? 0 : split, lane == 0 ? split : E::kPerVector);
+}
+
+// ---- a tile -------------------------------------------------------------------------
 
 // Moments of the lane's elements of a tile, and the tile's buckets where they are longer
-// than one. Multiplies what was read unless the multiplier is 1.
-template <class E, bool kFull>
-__device__ inline Moments measure_vectors(const TileData& tile, typename E::Wide multiplier,
-                                          uint4* kept, float* buckets) {
-  Moments moments;
-#pragma unroll 1
-  for (int begin = 0, k = 1; begin < tile.count; begin += kIterationElements<E>, ++k) {
-    char* data = tile.data + begin * kElementBytes<E>;
-    const int left = tile.count - begin;
-    Vectors<E> v;
-    load<E, kFull>(v, data, left);
-    LaneSums<E> sums;
-    {
-      uint32_t words[(kIterationElements<E> + 1023) / 1024];
-      sign_words<E>(tile.first + begin, words);
-      accumulate<E, kFull>(v, words, left, sums);
-    }
-    if (buckets) store_buckets<E>(sums, begin, tile.bucket_log2, buckets);
-    const Moments part = lane_moments<E, kFull>(v, sums, left);
-    moments = kFull ? merge(moments, part, kShare[k]) : merge(moments, part);
-    if (kept) {
-#pragma unroll
-      for (int j = 0; j < kVectors<E>; ++j)
-        kept[begin * kElementBytes<E> / 16 + j * 32 + threadIdx.x % 32] = v.raw[j];
-    }
-    if (multiplier != 1) {
-      forget_unpacked(v);
-      store_scaled<E, kFull>(v, data, left, multiplier);
-    }
-  }
-  return moments;
-}
-
+// than one. Multiplies what was read unless the multiplier is 1; `kept`, if not null, gets
+// a copy of the tile as it was read.
 template <class E>
 __device__ inline Moments measure_elements(const TileData& tile, double multiplier, uint4* kept,
                                            float* buckets) {
-  const auto narrow = static_cast<typename E::Wide>(multiplier);
-  return tile.count == kTileElements ? measure_vectors<E, true>(tile, narrow, kept, buckets)
-                                     : measure_vectors<E, false>(tile, narrow, kept, buckets);
+  using Wide = typename E::Wide;
+  const auto factor = static_cast<Wide>(multiplier);
+  const int lane = lane_index();
+  const int full = tile.count / kStepElements<E> * kStepElements<E>;
+  char* p = tile.data + lane * 16;
+  if (kept) kept += lane;
+  LaneSums<E> sums = {};
+  Ahead ahead = {};
+  if (full > 0) {
+#pragma unroll
+    for (int j = 0; j < kStepRows; ++j) ahead.words[j] = load_word(p + j * kRowBytes);
+    Wide x[E::kPerVector];
+    E::unpack(complete(ahead.words[0], p), x);
+    sums.shift = x[0];
+  }
+  int begin = 0;
+#pragma unroll 1
+  for (; begin < full; begin += kStepElements<E>, p += kStepBytes) {
+    const uint32_t own_signs = sign_word(tile.first_word + begin / 32 + lane);
+    Wide part[kStepRows];
+#pragma unroll
+    for (int j = 0; j < kStepRows; ++j) {
+      const uint4 raw = complete(ahead.words[j], p + j * kRowBytes);
+      if (begin + kStepElements<E> < full)
+        ahead.words[j] = load_word(p + kStepBytes + j * kRowBytes);
+      const int element = (j * 32 + lane) * E::kPerVector;
+      const uint32_t signs = __shfl_sync(kAllLanes, own_signs, element / 32) >> (element % 32);
+      const VectorSums<E> v = add_up<E, true>(raw, sums.shift, signs, E::kPerVector);
+      add<E, true>(sums, v, raw, E::kPerVector);
+      part[j] = v.part;
+      if (kept) kept[j * 32] = raw;
+      if (factor != 1) store_row<E>(p + j * kRowBytes, scaled<E>(raw, factor));
+    }
+    if (tile.run_log2) store_buckets<E, kStepRows>(part, begin, tile.run_log2, buckets);
+    if (kept) kept += kStepRows * 32;
+    sums.flush();
+  }
+#pragma unroll 1
+  for (; begin < tile.count; begin += kRowElements<E>, p += kRowBytes) {
+    const int valid = valid_elements<E>(tile.count - begin);
+    const uint4 raw = load_part<E>(p, valid);
+    if (begin == 0) {
+      Wide x[E::kPerVector];
+      E::unpack(raw, x);
+      sums.shift = x[0];
+    }
+    const int element = lane * E::kPerVector;
+    const uint32_t signs =
+        sign_word(tile.first_word + (begin + element) / 32) >> (element % 32);
+    const VectorSums<E> v = add_up<E, false>(raw, sums.shift, signs, valid);
+    if (valid > 0) add<E, false>(sums, v, raw, valid);
+    const Wide part[1] = {v.part};
+    if (tile.run_log2) store_buckets<E, 1>(part, begin, tile.run_log2, buckets);
+    if (kept) *kept = raw, kept += 32;
+    if (factor != 1) store_part<E>(p, scaled<E>(raw, factor), 0, valid);
+    sums.flush();
+  }
+  const int count = tile.count / kRowElements<E> * E::kPerVector +
+                    valid_elements<E>(tile.count % kRowElements<E>);
+  if (count == 0) return Moments{};
+  return shifted_moments(count, sums.shift, sums.total_d, sums.total_d2);
 }
 
 // Second phase: from shared memory if the tile was kept there.
 template <class E>
 __device__ inline void multiply_elements(const TileData& tile, double multiplier,
                                          const uint4* kept) {
-  const auto narrow = static_cast<typename E::Wide>(multiplier);
+  const auto factor = static_cast<typename E::Wide>(multiplier);
+  const int lane = lane_index();
+  const int full = tile.count / kStepElements<E> * kStepElements<E>;
+  char* p = tile.data + lane * 16;
+  if (kept) kept += lane;
+  int begin = 0;
 #pragma unroll 1
-  for (int begin = 0; begin < tile.count; begin += kIterationElements<E>) {
-    char* data = tile.data + begin * kElementBytes<E>;
-    const int left = tile.count - begin;
-    Vectors<E> v;
-    if (kept) {
+  for (; begin < full; begin += kStepElements<E>, p += kStepBytes) {
+    Ahead v;
 #pragma unroll
-      for (int j = 0; j < kVectors<E>; ++j)
-        v.raw[j] = kept[begin * kElementBytes<E> / 16 + j * 32 + threadIdx.x % 32];
-    } else {
-      load<E, false>(v, data, left);
+    for (int j = 0; j < kStepRows; ++j)
+      v.words[j] = kept ? kept[j * 32] : load_word(p + j * kRowBytes);
+#pragma unroll
+    for (int j = 0; j < kStepRows; ++j) {
+      const uint4 raw = kept ? v.words[j] : complete(v.words[j], p + j * kRowBytes);
+      store_row<E>(p + j * kRowBytes, scaled<E>(raw, factor));
     }
-    store_scaled<E, false>(v, data, left, narrow);
+    if (kept) kept += kStepRows * 32;
+  }
+#pragma unroll 1
+  for (; begin < tile.count; begin += kRowElements<E>, p += kRowBytes) {
+    const int valid = valid_elements<E>(tile.count - begin);
+    const uint4 raw = kept ? *kept : load_part<E>(p, valid);
+    store_part<E>(p, scaled<E>(raw, factor), 0, valid);
+    if (kept) kept += 32;
   }
 }
 
@@ -295,7 +320,7 @@ template <class E>
 __device__ inline SketchSums fold_elements(const TileData& tile, const RunningMeans& means) {
   SketchSums sums;
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < tile.count; i += 32) {
+  for (int i = lane_index(); i < tile.count; i += 32) {
     typename E::Wide x[E::kPerVector];
     E::unpack(load_part<E>(tile.data + i * kElementBytes<E>, 1), x);
     fold(means, i, sign_is_minus(i) ? -x[0] : x[0], sums);
@@ -303,13 +328,11 @@ __device__ inline SketchSums fold_elements(const TileData& tile, const RunningMe
   return sums;
 }
 
-__device__ inline SketchSums fold_buckets(const TileData& tile, const float* buckets,
+__device__ inline SketchSums fold_buckets(int buckets, const float* values,
                                           const RunningMeans& means) {
   SketchSums sums;
-  const int length = 1 << tile.bucket_log2;
 #pragma unroll 1
-  for (int b = threadIdx.x % 32; b * length < tile.count; b += 32)
-    fold(means, b, buckets[b], sums);
+  for (int b = lane_index(); b < buckets; b += 32) fold(means, b, values[b], sums);
   return sums;
 }
 
