@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from bench.data import DataMissing, load
 from bench.train import Recipe, Result, train_watched
-from gradamp_fast import Report
 from gradamp_fast.plot import heatmap
+from gradamp_fast.table import render
 
-RECIPE = Recipe(arch="resnet18", epochs=15, batch=64, lr=0.2, warmup=0.2)
-# 22 steps an epoch: with the usual 100 steps before the first decision little would be left to see.
+RECIPE = Recipe(arch="resnet18", width=0.5, epochs=20, batch=64, lr=0.3, warmup=0.2)
+# An epoch has 22 steps: with the usual 100 before the first decision there is little left to see.
 AMPLIFY = {"factor": 2.0, "measure": "fluctuation", "min_steps": 20, "refresh": 20, "decay": 0.95}
 
 
@@ -39,26 +34,6 @@ def outcome(plain: Result, amplified: Result) -> str:
         )
     lines.append("One seed on 360 test images shows that it runs, not that it helps.")
     return "\n".join(lines)
-
-
-def layer_table(history: Sequence[Report]) -> Table:
-    """The last report, one row a layer, and how much of the run the layer was amplified."""
-    last = history[-1]
-    counted = last.steps - last.skipped_steps
-    table = Table(box=SIMPLE_HEAD, title="Layers at the end of the amplified run")
-    table.add_column("layer", no_wrap=True)
-    for heading in ("elements", "variance", "fluctuation", "factor", "steps amplified"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for layer in last.layers:
-        table.add_row(
-            layer.name,
-            f"{layer.numel:,}",
-            f"{layer.variance:.2e}",
-            f"{layer.fluctuation:+.3f}",
-            f"x{layer.factor:g}" if layer.selected else "",
-            f"{layer.amplified_steps / counted:.0%}",
-        )
-    return table
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"python -m bench.demo: {error}")
     plain = train_watched(data, recipe)
     amplified = train_watched(data, recipe, AMPLIFY)
-    console = Console()
-    console.print(layer_table(amplified.history))
+    print(f"\nLayers at the end of the amplified run\n{render(amplified.history[-1])}")
     print(outcome(plain, amplified))
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)

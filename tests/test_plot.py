@@ -1,43 +1,108 @@
-"""The heat-map of fluctuation per layer and epoch."""
+"""The heat-map of layers against time."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from cases import SHAPES, Stream, bare, put
 
+from gradamp_fast import Amplifier, LayerReport, Report, plot
 from gradamp_fast.plot import heatmap
 
 pytest.importorskip("matplotlib")
 
 
-def made_up_history(layers: int, epochs: int) -> Any:
-    """Reports as `Amplifier.report()` gives them, as far as the heat-map reads them."""
+def made_up_history(layers: int, epochs: int) -> list[Report]:
+    """Reports in which every other layer is amplified half of the time, from the second on."""
+
+    def made_up(layer: int, epoch: int) -> LayerReport:
+        return LayerReport(
+            name=f"block{layer // 8}.conv{layer % 8}",
+            numel=100,
+            steps=20 * epoch,
+            variance=1e-6 * (layer + 1),
+            temporal_variance=1e-8,
+            fluctuation=float("nan") if epoch == 0 else (layer - layers / 2) / layers,
+            direction=0.1,
+            score=0.0,
+            selected=layer % 2 == 1,
+            factor=2.0 if layer % 2 else 1.0,
+            amplified_steps=10 * epoch * (layer % 2),
+            amplified_share=0.5 * (layer % 2),
+            changed_at=20,
+            steps_since_change=20 * epoch,
+        )
+
     return [
-        SimpleNamespace(
+        Report(
+            layers=tuple(made_up(layer, epoch) for layer in range(layers)),
+            threshold=0.0,
             steps=20 * (epoch + 1),
             skipped_steps=0,
-            layers=[
-                SimpleNamespace(
-                    name=f"block{layer // 8}.conv{layer % 8}",
-                    fluctuation=float("nan") if epoch == 0 else (layer - layers / 2) / layers,
-                    amplified_steps=10 * epoch * (layer % 2),
-                )
-                for layer in range(layers)
-            ],
+            epoch=epoch,
+            measure="fluctuation",
+            select="below",
         )
         for epoch in range(epochs)
     ]
 
 
-@pytest.mark.parametrize(("layers", "epochs"), [(1, 1), (20, 15), (300, 4)])
+@pytest.mark.parametrize(("layers", "epochs"), [(1, 1), (60, 15), (300, 4)])
 def test_the_heat_map_is_written(layers: int, epochs: int, tmp_path: Path) -> None:
     path = tmp_path / "map.png"
-    heatmap(made_up_history(layers, epochs), path)
+    heatmap(made_up_history(layers, epochs), path, title="made up")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("show", ["fluctuation", "direction", "variance", "temporal_variance"])
+def test_every_measure_can_be_shown(show: Any, tmp_path: Path) -> None:
+    heatmap(made_up_history(5, 4), tmp_path / "map.svg", show=show)
+    text = (tmp_path / "map.svg").read_text()
+    assert text.startswith("<?xml")
+
+
+def test_a_misspelt_measure_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'variance'"):
+        heatmap(made_up_history(2, 2), tmp_path / "map.png", show="varience")  # type: ignore[arg-type]
+
+
+def test_the_share_is_that_of_the_steps_since_the_report_before() -> None:
+    names, values, share = plot._tables(made_up_history(2, 3), "fluctuation")
+    assert names == ["block0.conv0", "block0.conv1"]
+    assert share.tolist() == [[0.0, 0.0, 0.0], [0.0, 0.5, 0.5]]
+    assert values.isnan().tolist() == [[True, False, False]] * 2
+
+
+@pytest.mark.parametrize(
+    ("by_epoch", "label", "times"), [(True, "epoch", "3456"), (False, "step", "20")]
+)
+def test_time_is_the_epoch_or_the_step(by_epoch: bool, label: str, times: str) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    plot._time(axes, made_up_history(1, 4, by_epoch))
+    assert axes.get_xlabel() == label
+    assert axes.xaxis.get_major_formatter()(0.0) in times
+    assert axes.xaxis.get_major_formatter()(9.0) == ""
+
+
+def test_a_recorded_history_is_drawn(tmp_path: Path) -> None:
+    model = bare(SHAPES)
+    amplifier = Amplifier(model, min_steps=1, refresh=1, measure="variance")
+    stream = Stream(model)
+    for _ in range(6):
+        put(model, stream.next())
+        amplifier.step()
+        history = amplifier.record(every=2)
+    heatmap(history, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 0
+    assert torch.equal(
+        plot._tables(history, "variance")[2] > 0, plot._tables(history, "score")[2] > 0
+    )
 
 
 def test_the_heat_map_needs_layers(tmp_path: Path) -> None:
