@@ -1,0 +1,226 @@
+"""What this machine, this torch and this build can do together: `python -m gradamp_fast doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import textwrap
+import traceback
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _extension, backends
+from ._version import __version__
+from .amplifier import Amplifier
+
+_PACKAGES = ("triton", "rich", "matplotlib", "tensorboard")
+_VARIABLES = ("GRADAMP_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "GRADAMP_CUDA",
+              "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDACXX")  # fmt: skip
+
+
+def info() -> dict[str, Any]:
+    """The facts, as plain values: versions, the build, the GPUs, which backends can run."""
+    from torch.utils.collect_env import get_env_info
+
+    extension = _extension.load()
+    return {
+        "gradamp_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "built_with": _extension.built_with(),
+        "extension_problem": _extension.reason(),
+        "cpu_instructions": extension.instruction_set() if extension else None,
+        "gpus": [
+            {
+                "name": torch.cuda.get_device_name(index),
+                "capability": "{}.{}".format(*torch.cuda.get_device_capability(index)),
+            }
+            for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        ],
+        "backends": {
+            str(device): {name: backends.unavailable(name, device) for name in backends.NAMES}
+            for device in _devices()
+        },
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "environment": get_env_info()._asdict(),
+    }
+
+
+def diagnose() -> bool:
+    """Prints the facts, runs a small step on every backend that can run, and says what is wrong.
+
+    Returns whether nothing is.
+    """
+    from torch.utils.collect_env import SystemEnv, pretty_str
+
+    facts = info()
+    print("Environment, from torch.utils.collect_env")
+    print(textwrap.indent(pretty_str(SystemEnv(**facts["environment"])).strip(), "  "))
+    print("\nBuild")
+    print(textwrap.indent("\n".join(build_lines(facts)), "  "))
+    print("\nBackends, three steps of each against the reference")
+    problems = list(build_problems(facts))
+    for device in _devices():
+        for name in backends.NAMES:
+            result, wrong = _try(name, device)
+            print(f"  {f'{name} on {device}':<16} {result}")
+            problems += [f"{name} on {device}: {result}"] if wrong else []
+    print()
+    for problem in problems:
+        print(f"PROBLEM  {problem}")
+    print(f"{len(problems)} problem(s)" if problems else "No problem found.")
+    return not problems
+
+
+def _devices() -> list[torch.device]:
+    """The CPU, and the current GPU where there is one."""
+    gpu = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
+    return [torch.device("cpu"), *gpu]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# ---- the build ----------------------------------------------------------------------
+
+
+def build_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The build, what it runs on, and what is set in the environment."""
+    built = facts["built_with"]
+    yield f"gradamp_fast {facts['gradamp_fast']}, Python {facts['python']}"
+    yield f"built with torch {built.get('torch') or '-'}, running torch {facts['torch']}"
+    yield f"built with CUDA {built.get('cuda') or '-'}, torch's CUDA {facts['torch_cuda'] or '-'}"
+    yield f"architectures in the binary: {built.get('archs') or '-'}"
+    for gpu in facts["gpus"]:
+        yield f"GPU: {gpu['name']}, architecture {gpu['capability']}"
+    if not facts["torch_cuda"]:
+        yield "GPU: none, because this torch is a build without CUDA"
+    elif not facts["gpus"]:
+        yield "GPU: torch sees none; look at the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+    if facts["cpu_instructions"]:
+        yield f"CPU kernels in use: {facts['cpu_instructions']}"
+    if built.get("summary"):
+        yield f"the build said: {built['summary']}"
+    packages = [f"{name} {found or '-'}" for name, found in facts["packages"].items()]
+    yield f"optional packages: {', '.join(packages)}"
+    for name, value in facts["variables"].items():
+        yield f"{name}={value}"
+
+
+def build_problems(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the build on this machine, with the fix."""
+    if facts["extension_problem"]:
+        yield facts["extension_problem"]
+        return
+    for device, reasons in facts["backends"].items():
+        if device != "cpu" and reasons["cuda"] and reasons["triton"]:
+            yield (
+                f"only plain PyTorch serves {device}. cuda: {reasons['cuda']}. "
+                f"triton: {reasons['triton']}"
+            )
+    built = facts["built_with"]
+    for gpu in facts["gpus"]:
+        if built.get("cuda") and not serves(built["archs"], gpu["capability"]):
+            yield (
+                f"the binary holds code for {built['archs']} and cannot run on {gpu['name']}, "
+                f"architecture {gpu['capability']}: rebuild with "
+                f'TORCH_CUDA_ARCH_LIST="{gpu["capability"]}"'
+            )
+
+
+def serves(archs: str, capability: str) -> bool:
+    """Whether a binary for ``archs`` (such as "8.0 9.0+PTX") runs on a GPU (such as "9.0").
+
+    Machine code runs on the same major architecture from its minor one on, PTX on all later ones;
+    code for "9.0a" on exactly that.
+    """
+    gpu = tuple(int(part) for part in capability.split("."))
+    for arch in archs.split():
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        if found is None:
+            continue
+        own, specific, ptx = (int(found[1]), int(found[2])), found[3] == "a", found[4]
+        if own == gpu or (not specific and own <= gpu and (ptx or own[0] == gpu[0])):
+            return True
+    return False
+
+
+def backend_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Which backends can run, and why the others cannot."""
+    for device, reasons in facts["backends"].items():
+        for name, reason in reasons.items():
+            yield f"{f'{name} on {device}':<16} {f'no: {reason}' if reason else 'available'}"
+
+
+# ---- the step -----------------------------------------------------------------------
+
+
+def _try(name: str, device: torch.device) -> tuple[str, bool]:
+    """What became of a backend's steps, and whether that is a fault."""
+    if reason := backends.unavailable(name, device):
+        return f"not available: {reason}", False
+    try:
+        return compare(name, device)
+    except Exception as error:  # whatever a broken build or driver raises
+        return "".join(traceback.format_exception_only(error)).strip(), True
+
+
+class _Tensors(nn.Module):
+    """One layer for each dtype and bucket length; no forward pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        shapes = {torch.float32: 1009, torch.bfloat16: 4099, torch.float16: 300, torch.float64: 65}
+        for dtype, size in (*shapes.items(), (torch.float32, 131_101)):
+            layer = nn.Module()
+            layer.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+            self.add_module(f"{str(dtype).removeprefix('torch.')}_{size}", layer)
+
+
+def compare(name: str, device: torch.device) -> tuple[str, bool]:
+    """Three steps of a backend and of the reference: in words, and whether they disagree."""
+    written, rows = _run(name, device)
+    expected, reference = _run("torch", torch.device("cpu"))
+    wrong = [layer for layer, tensor in written.items() if not torch.equal(tensor, expected[layer])]
+    wrong += [
+        layer
+        for layer in reference
+        if not torch.allclose(rows[layer], reference[layer], rtol=1e-4, atol=1e-4)
+    ]
+    if wrong:
+        return f"disagrees with the reference in {', '.join(dict.fromkeys(wrong))}", True
+    return "agrees with the reference", False
+
+
+def _run(name: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients as written and the layers' numbers, on the CPU, after three steps."""
+    model = _Tensors(device)
+    amplifier = Amplifier(model, backend=name, min_steps=2, refresh=1, timing="exact", factor=1.7)
+    generator = torch.Generator().manual_seed(0)
+    steady = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+    for step in range(3):
+        for number, (label, parameter) in enumerate(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            sign = -1 if number % 2 and step % 2 else 1
+            gradient = sign * steady[label] + 0.3 * noise
+            parameter.grad = gradient.to(parameter.dtype).to(device)
+        amplifier.step()
+    written = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+    rows = {
+        layer.name: torch.tensor(
+            [layer.variance, layer.score, layer.fluctuation, layer.direction, layer.factor]
+        )
+        for layer in amplifier.report().layers
+    }
+    return {n.removesuffix(".weight"): tensor for n, tensor in written.items()}, rows
