@@ -16,7 +16,7 @@ from gradamp_fast.plot import heatmap
 pytest.importorskip("matplotlib")
 
 
-def made_up_history(layers: int, epochs: int) -> list[Report]:
+def made_up_history(layers: int, epochs: int, by_epoch: bool = True) -> list[Report]:
     """Reports in which every other layer is amplified half of the time, from the second on."""
 
     def made_up(layer: int, epoch: int) -> LayerReport:
@@ -43,7 +43,7 @@ def made_up_history(layers: int, epochs: int) -> list[Report]:
             threshold=0.0,
             steps=20 * (epoch + 1),
             skipped_steps=0,
-            epoch=epoch,
+            epoch=epoch + 3 if by_epoch else None,
             measure="fluctuation",
             select="below",
         )
