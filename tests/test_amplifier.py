@@ -320,7 +320,7 @@ def test_reset_is_a_fresh_start(place: Place) -> None:
         for _ in range(5):
             put(model, stream.next())
             amplifier.step()
-        outcomes.append((str(amplifier.report()), [p.grad.clone() for p in model.parameters()]))
+        outcomes.append((repr(amplifier.report()), [p.grad.clone() for p in model.parameters()]))
         amplifier.reset()
         report = amplifier.report()
         assert (report.steps, report.skipped_steps) == (0, 0)

@@ -72,7 +72,7 @@ def test_resumed_run_continues_bit_for_bit(place: Place, at: int, timing: str) -
     resumed = place.amplifier(models[1], timing=timing, schedule=schedule, **QUICK)
     resumed.load_state_dict(state)
     advance(models[1], resumed, streams[1], 8 - at)
-    assert str(resumed.report()) == str(whole.report())
+    assert repr(resumed.report()) == repr(whole.report())
     assert same_state(resumed.state_dict(), whole.state_dict())
     for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert same_bits(mine.grad, theirs.grad)
@@ -82,11 +82,11 @@ def test_loading_into_an_amplifier_that_has_stepped(place: Place) -> None:
     model = bare(SHAPES, device=place.device)
     amplifier = place.amplifier(model, **QUICK)
     advance(model, amplifier, Stream(model), 3)
-    state, report = amplifier.state_dict(), str(amplifier.report())
+    state, report = amplifier.state_dict(), repr(amplifier.report())
     advance(model, amplifier, Stream(model, seed=1), 4)
-    assert str(amplifier.report()) != report
+    assert repr(amplifier.report()) != report
     amplifier.load_state_dict(state)
-    assert str(amplifier.report()) == report
+    assert repr(amplifier.report()) == report
     assert same_state(amplifier.state_dict(), state)
 
 
@@ -134,7 +134,7 @@ def test_across_backends(place: Place, other: Place) -> None:
     advance(first, amplifier, Stream(first), 5)
     taker = other.amplifier(second, **QUICK)
     taker.load_state_dict(stored(amplifier.state_dict()))
-    assert str(taker.report()) == str(amplifier.report())
+    assert repr(taker.report()) == repr(amplifier.report())
     streams = Stream(first, seed=9), Stream(second, seed=9)
     advance(first, amplifier, streams[0], 3)
     advance(second, taker, streams[1], 3)

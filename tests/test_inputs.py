@@ -46,7 +46,7 @@ def test_refused_by_name_before_any_write(
     for _ in range(2 if prepared else 0):
         put(model, stream.next())
         amplifier.step()
-    state = str(amplifier.report()) if prepared else None
+    state = repr(amplifier.report()) if prepared else None
 
     gradients = stream.next()
     gradients["z.w"] = how(gradients["z.w"])
@@ -57,7 +57,7 @@ def test_refused_by_name_before_any_write(
     assert same_bits(model.a.w.grad, copies["a.w"])
     assert same_bits(model.b.w.grad, copies["b.w"])
     if prepared:
-        assert str(amplifier.report()) == state
+        assert repr(amplifier.report()) == state
 
     put(model, stream.next())
     amplifier.step()
@@ -115,15 +115,15 @@ def test_no_gradient_at_all_warns_once(place: Place) -> None:
     stream = Stream(model)
     put(model, stream.next())
     amplifier.step()
-    state = str(amplifier.report())
+    state = repr(amplifier.report())
     put(model, {})
     with pytest.warns(UserWarning, match=r"backward"):
         amplifier.step()
-    assert str(amplifier.report()) == state
+    assert repr(amplifier.report()) == state
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         amplifier.step()
-    assert str(amplifier.report()) == state
+    assert repr(amplifier.report()) == state
     put(model, stream.next())
     amplifier.step()
     assert amplifier.report().steps == 2
@@ -250,7 +250,7 @@ def test_default_dtype_does_not_matter(place: Place, dtype: torch.dtype) -> None
             for _ in range(4):
                 put(model, stream.next())
                 amplifier.step()
-            reports.append(str(amplifier.report()))
+            reports.append(repr(amplifier.report()))
         finally:
             torch.set_default_dtype(torch.float32)
     assert reports[0] == reports[1]

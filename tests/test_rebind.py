@@ -114,7 +114,7 @@ def test_replacement_matches_a_run_that_was_never_replaced(place: Place) -> None
                 model.a.w = nn.Parameter(model.a.w.detach().clone())
             put(model, stream.next())
             amplifier.step()
-        reports.append(str(amplifier.report()))
+        reports.append(repr(amplifier.report()))
     assert reports[0] == reports[1]
 
 
