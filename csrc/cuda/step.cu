@@ -18,7 +18,6 @@ struct AddressTable {
 };
 
 constexpr int kMinBlocks = 3;  // of 256 threads on a processor: at most 80 registers each
-constexpr int kKeptVectors = kTileElements * 4 / 16;  // a kept tile: 16 KB
 
 // Adds one and wraps to zero after `count` calls; true for the last of them, which then
 // sees what the others wrote before theirs. Tickets need no reset between steps.
@@ -91,12 +90,12 @@ __device__ inline void publish(const StepArgs& a, int tile, int layer, const Til
 }
 
 template <class Visitor>
-__device__ inline void with_element(DType dtype, Visitor&& visit) {
+__device__ inline auto with_element(DType dtype, Visitor&& visit) {
   switch (dtype) {
     case DType::kFloat32: return visit(Float32{});
     case DType::kBFloat16: return visit(BFloat16{});
     case DType::kFloat16: return visit(Float16{});
-    case DType::kFloat64: return visit(Float64{});
+    default: return visit(Float64{});
   }
 }
 
@@ -167,49 +166,45 @@ struct WarpMemory {
   Job job;
 };
 
-// Where the warp keeps the tile that it measured last, if shared memory has room for it.
-// fp64 tiles are twice as large and are read again.
-template <class E>
-__device__ inline uint4* kept_tile(int kept_tiles) {
-  extern __shared__ uint4 slots[];
-  if (sizeof(typename E::Wide) == 8 || warp_index() >= kept_tiles) return nullptr;
-  return slots + warp_index() * kKeptVectors;
+// A tile's sums from those of the lanes. What it needs to know of the tile it takes from
+// `memory`, for registers would have to hold it while elements are added up.
+__device__ inline void finish_tile(const StepArgs& a, int tile, const Moments& lane,
+                                   const WarpMemory& memory) {
+  WarpGroup warp;
+  TileSums sums = {merge_all(lane, warp), SketchSums{}};
+  __syncwarp();
+  const Job& job = memory.job;
+  sums.moments.mean *= job.means.inverse;
+  sums.moments.m2 *= job.means.inverse * job.means.inverse;
+  if (job.means.before)
+    sums.sketch = job.tile.run_log2 == 0
+                      ? memory.sketch
+                      : add_all(fold_buckets(job.buckets, memory.buckets, job.means), warp);
+  publish(a, tile, job.layer, sums);
 }
 
 // Measures a tile and multiplies it where that is known already.
 template <int kCapacity>
 __device__ inline void measure_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
                                     int tile, double factor, int kept_tiles, WarpMemory& memory) {
+  Job job = find_tile(a, table, tile);
+  if (!job.tile.data) return publish(a, tile, job.layer, TileSums{});
+  find_buckets(a, job);
+  const double multiplier = standing_multiplier(a, job, factor);
   WarpGroup warp;
-  Moments lane;
-  {
-    Job job = find_tile(a, table, tile);
-    find_buckets(a, job);
-    const double multiplier = standing_multiplier(a, job, factor);
-    __syncwarp();
-    if (warp.rank() == 0) memory.job = job, memory.sketch = SketchSums{};
-    __syncwarp();
-    if (job.tile.data) {
-      with_element(job.dtype, [&](auto element) {
-        using E = decltype(element);
-        if (job.means.before && job.tile.run_log2 == 0) {
-          const SketchSums sums = add_all(fold_elements<E>(job.tile, job.means), warp);
-          if (warp.rank() == 0) memory.sketch = sums;
-          __syncwarp();
-        }
-        lane = measure_elements<E>(job.tile, multiplier, kept_tile<E>(kept_tiles), memory.buckets);
-      });
-    }
-  }
-  TileSums sums = {merge_all(lane, warp), SketchSums{}};
   __syncwarp();
-  const Job& job = memory.job;
-  sums.moments.mean *= job.means.inverse;
-  sums.moments.m2 *= job.means.inverse * job.means.inverse;
-  sums.sketch = memory.sketch;
-  if (job.tile.data && job.tile.run_log2)
-    sums.sketch = add_all(fold_buckets(job.buckets, memory.buckets, job.means), warp);
-  publish(a, tile, job.layer, sums);
+  if (warp.rank() == 0) memory.job = job;
+  __syncwarp();
+  const Moments lane = with_element(job.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (job.means.before && job.tile.run_log2 == 0) {
+      const SketchSums sums = add_all(fold_elements<E>(job.tile, job.means), warp);
+      if (warp.rank() == 0) memory.sketch = sums;
+    }
+    return measure_elements<E>(job.tile, multiplier, sizeof(typename E::Wide) == 4 && warp_index() < kept_tiles,
+                               memory.buckets);
+  });
+  finish_tile(a, tile, lane, memory);
 }
 
 template <int kCapacity>
@@ -249,7 +244,8 @@ __device__ inline void multiply_tiles(const StepArgs& a, const AddressTable<kCap
     const int kept = tile == last ? kept_tiles : 0;
     with_element(job.dtype, [&](auto element) {
       using E = decltype(element);
-      multiply_elements<E>(job.tile, multiplier, kept_tile<E>(kept));
+      multiply_elements<E>(job.tile, multiplier,
+                           sizeof(typename E::Wide) == 4 && warp_index() < kept);
     });
   }
 }

@@ -23,6 +23,7 @@ constexpr int kRowElements = 32 * E::kPerVector;
 template <class E>
 constexpr int kStepElements = kStepRows * kRowElements<E>;
 
+constexpr int kKeptVectors = kTileElements * 4 / 16;  // a kept tile: 16 KB
 constexpr int kMaxBuckets = kTileElements / 16;  // of a tile whose buckets are longer than one
 
 struct TileData {
@@ -159,12 +160,8 @@ __device__ inline void store_buckets(const typename E::Wide (&part)[kRows], int 
 
 // ---- loads and stores ---------------------------------------------------------------
 
-// A lane's vectors of a step. At a misaligned address they are read as aligned words of 16
-// bytes that begin up to 15 bytes early.
-struct Ahead {
-  uint4 words[kStepRows];
-};
-
+// A lane's vectors of a step are loaded one step ahead. At a misaligned address they are read
+// as aligned words of 16 bytes that begin up to 15 bytes early.
 __device__ inline unsigned misalignment(const char* p) {
   return reinterpret_cast<uintptr_t>(p) % 16;
 }
@@ -200,47 +197,57 @@ __device__ inline void store_row(char* p, uint4 v) {
 
 // ---- a tile -------------------------------------------------------------------------
 
-// Moments of the lane's elements of a tile, and the tile's buckets where they are longer
-// than one. Multiplies what was read unless the multiplier is 1; `kept`, if not null, gets
-// a copy of the tile as it was read.
+// A vector of the tile that the warp keeps in shared memory between the phases; fp64 tiles,
+// twice as large, are not kept.
 template <class E>
-__device__ inline Moments measure_elements(const TileData& tile, double multiplier, uint4* kept,
+__device__ inline uint4& kept_vector(int row) {
+  extern __shared__ uint4 kept_tiles[];
+  return kept_tiles[warp_index() * kKeptVectors + row * 32 + lane_index()];
+}
+
+// Moments of the lane's elements of a tile, and the tile's buckets where they are longer
+// than one. Multiplies what was read unless the multiplier is 1; `keep`: sets a copy of the
+// tile aside as it was read.
+template <class E>
+__device__ inline Moments measure_elements(const TileData& tile, double multiplier, bool keep,
                                            float* buckets) {
   using Wide = typename E::Wide;
   const auto factor = static_cast<Wide>(multiplier);
   const int lane = lane_index();
-  const int full = tile.count / kStepElements<E> * kStepElements<E>;
+  constexpr int kStep = kStepElements<E>;
   char* p = tile.data + lane * 16;
-  if (kept) kept += lane;
   LaneSums<E> sums = {};
-  Ahead ahead = {};
-  if (full > 0) {
+  uint4 ahead[kStepRows] = {};
+  if (kStep <= tile.count) {
 #pragma unroll
-    for (int j = 0; j < kStepRows; ++j) ahead.words[j] = load_word(p + j * kRowBytes);
+    for (int j = 0; j < kStepRows; ++j) ahead[j] = load_word(p + j * kRowBytes);
     Wide x[E::kPerVector];
-    E::unpack(complete(ahead.words[0], p), x);
+    E::unpack(complete(ahead[0], p), x);
     sums.shift = x[0];
   }
   int begin = 0;
 #pragma unroll 1
-  for (; begin < full; begin += kStepElements<E>, p += kStepBytes) {
-    const uint32_t own_signs = sign_word(tile.first_word + begin / 32 + lane);
+  for (; begin + kStep <= tile.count; begin += kStep, p += kStepBytes) {
+    // Lanes that share a sign word hold those of all rows between them.
+    constexpr int kSharing = 32 / E::kPerVector;
+    const int row = lane % kSharing;
+    const uint32_t own_signs =
+        sign_word(tile.first_word + begin / 32 + row * E::kPerVector + lane / kSharing);
     Wide part[kStepRows];
 #pragma unroll
     for (int j = 0; j < kStepRows; ++j) {
-      const uint4 raw = complete(ahead.words[j], p + j * kRowBytes);
-      if (begin + kStepElements<E> < full)
-        ahead.words[j] = load_word(p + kStepBytes + j * kRowBytes);
-      const int element = (j * 32 + lane) * E::kPerVector;
-      const uint32_t signs = __shfl_sync(kAllLanes, own_signs, element / 32) >> (element % 32);
+      const uint4 raw = complete(ahead[j], p + j * kRowBytes);
+      if (begin + 2 * kStep <= tile.count)
+        ahead[j] = load_word(p + kStepBytes + j * kRowBytes);
+      const uint32_t signs =
+          __shfl_sync(kAllLanes, own_signs, j, kSharing) >> (row * E::kPerVector);
       const VectorSums<E> v = add_up<E, true>(raw, sums.shift, signs, E::kPerVector);
-      add<E, true>(sums, v, raw, E::kPerVector);
       part[j] = v.part;
-      if (kept) kept[j * 32] = raw;
+      if (keep) kept_vector<E>(begin / kRowElements<E> + j) = raw;
       if (factor != 1) store_row<E>(p + j * kRowBytes, scaled<E>(raw, factor));
+      add<E, true>(sums, v, raw, E::kPerVector);
     }
     if (tile.run_log2) store_buckets<E, kStepRows>(part, begin, tile.run_log2, buckets);
-    if (kept) kept += kStepRows * 32;
     sums.flush();
   }
 #pragma unroll 1
@@ -256,11 +263,11 @@ __device__ inline Moments measure_elements(const TileData& tile, double multipli
     const uint32_t signs =
         sign_word(tile.first_word + (begin + element) / 32) >> (element % 32);
     const VectorSums<E> v = add_up<E, false>(raw, sums.shift, signs, valid);
-    if (valid > 0) add<E, false>(sums, v, raw, valid);
     const Wide part[1] = {v.part};
     if (tile.run_log2) store_buckets<E, 1>(part, begin, tile.run_log2, buckets);
-    if (kept) *kept = raw, kept += 32;
+    if (keep) kept_vector<E>(begin / kRowElements<E>) = raw;
     if (factor != 1) store_part<E>(p, scaled<E>(raw, factor), 0, valid);
+    if (valid > 0) add<E, false>(sums, v, raw, valid);
     sums.flush();
   }
   const int count = tile.count / kRowElements<E> * E::kPerVector +
@@ -269,35 +276,30 @@ __device__ inline Moments measure_elements(const TileData& tile, double multipli
   return shifted_moments(count, sums.shift, sums.total_d, sums.total_d2);
 }
 
-// Second phase: from shared memory if the tile was kept there.
+// Second phase; `kept`: from what was set aside.
 template <class E>
-__device__ inline void multiply_elements(const TileData& tile, double multiplier,
-                                         const uint4* kept) {
+__device__ inline void multiply_elements(const TileData& tile, double multiplier, bool kept) {
   const auto factor = static_cast<typename E::Wide>(multiplier);
-  const int lane = lane_index();
-  const int full = tile.count / kStepElements<E> * kStepElements<E>;
-  char* p = tile.data + lane * 16;
-  if (kept) kept += lane;
+  constexpr int kStep = kStepElements<E>;
+  char* p = tile.data + lane_index() * 16;
   int begin = 0;
 #pragma unroll 1
-  for (; begin < full; begin += kStepElements<E>, p += kStepBytes) {
-    Ahead v;
+  for (; begin + kStep <= tile.count; begin += kStep, p += kStepBytes) {
+    uint4 words[kStepRows];
 #pragma unroll
     for (int j = 0; j < kStepRows; ++j)
-      v.words[j] = kept ? kept[j * 32] : load_word(p + j * kRowBytes);
+      words[j] = kept ? kept_vector<E>(begin / kRowElements<E> + j) : load_word(p + j * kRowBytes);
 #pragma unroll
     for (int j = 0; j < kStepRows; ++j) {
-      const uint4 raw = kept ? v.words[j] : complete(v.words[j], p + j * kRowBytes);
+      const uint4 raw = kept ? words[j] : complete(words[j], p + j * kRowBytes);
       store_row<E>(p + j * kRowBytes, scaled<E>(raw, factor));
     }
-    if (kept) kept += kStepRows * 32;
   }
 #pragma unroll 1
   for (; begin < tile.count; begin += kRowElements<E>, p += kRowBytes) {
     const int valid = valid_elements<E>(tile.count - begin);
-    const uint4 raw = kept ? *kept : load_part<E>(p, valid);
+    const uint4 raw = kept ? kept_vector<E>(begin / kRowElements<E>) : load_part<E>(p, valid);
     store_part<E>(p, scaled<E>(raw, factor), 0, valid);
-    if (kept) kept += 32;
   }
 }
 
