@@ -11,22 +11,31 @@ from torch import Tensor
 from triton import knobs
 
 from ...plan import Plan, Slot
-from . import step, tile
+from . import layers, step, tile
 
 INTERPRETED: bool = knobs.runtime.interpret
-DTYPE_BITS = {
-    torch.float32: step.FLOAT32.value,
-    torch.bfloat16: step.BFLOAT16.value,
-    torch.float16: step.FLOAT16.value,
-    torch.float64: step.FLOAT64.value,
-}
-_TAGS = {dtype: index << step.DTYPE_SHIFT.value for index, dtype in enumerate(DTYPE_BITS)}
+# In the order of their codes in the kernel.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_BITS = {dtype: 1 << code for code, dtype in enumerate(_DTYPES)}
+_TAGS = {dtype: code << step.DTYPE_SHIFT.value for code, dtype in enumerate(_DTYPES)}
 _TILE: int = tile.TILE.value
 _GROUP: int = step.GROUP.value
-_ROW: int = step.ROW.value
+_ROW: int = layers.ROW.value
 # Programs on a processor at a time: as many as every GPU takes, if registers allow.
 _MAX_PROGRAMS = 16
 _REGISTERS, _WARP, _GRANULE = 65536, 32, 8
+
+
+def compiler_options(dtypes: int, cooperative: bool, hip: bool) -> dict[str, Any]:
+    """What the kernel is compiled with, for a set of dtypes, a bit for each."""
+    options: dict[str, Any] = {
+        "num_warps": 1,
+        "enable_fp_fusion": True,
+        "launch_cooperative_grid": cooperative,
+    }
+    if not hip and not dtypes & DTYPE_BITS[torch.float64]:
+        options["maxnreg"] = _REGISTERS // (_MAX_PROGRAMS * _WARP)
+    return options
 
 
 class Tables:
@@ -36,10 +45,10 @@ class Tables:
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        layers = len(plan.layers)
+        layer_count = len(plan.layers)
         tile_tensor: list[int] = []
         tensors: list[tuple[int, ...]] = []
-        tiles_of = [0] * (layers + 1)
+        tiles_of = [0] * (layer_count + 1)
         for index, slot in enumerate(plan.slots):
             tiles = -(-slot.numel // _TILE)
             tensors.append(_tensor_row(slot, len(tile_tensor)))
@@ -60,16 +69,16 @@ class Tables:
         def rows(count: int) -> Tensor:
             return torch.zeros((max(count, 1), _ROW), dtype=torch.float64, device=device)
 
-        tickets = step.LAYER_TICKETS.value + layers + 1 + groups
+        tickets = step.LAYER_TICKETS.value + layer_count + 1 + groups
         self.pointers = (
             torch.tensor(tensors, dtype=torch.int64, device=device),
             torch.tensor(tile_tensor or [0], dtype=torch.int32, device=device),
             torch.tensor(layer_tiles, dtype=torch.int32, device=device),
             rows(self.tiles),
             rows(groups),
-            rows(layers + 1),
-            torch.zeros(max(layers, 1), dtype=torch.float64, device=device),  # scores
-            torch.zeros(3, dtype=torch.float64, device=device),  # verdict
+            rows(layer_count + 1),
+            torch.zeros(max(layer_count, 1), dtype=torch.float64, device=device),  # scores
+            torch.zeros(2, dtype=torch.float64, device=device),  # verdict
             torch.zeros(tickets, dtype=torch.int32, device=device),
         )
 
@@ -176,10 +185,8 @@ class Launcher:
 
     def _bind(self, dtypes: int) -> Any:
         arguments = (*self.parameters, self._table, 0, 0, *self.sizes, 0, 0, dtypes, False)
-        kernel = step.step_kernel.warmup(
-            *arguments, grid=(1,), num_warps=1, enable_fp_fusion=True,
-            launch_cooperative_grid=self.cooperative,
-        )  # fmt: skip
+        options = compiler_options(dtypes, self.cooperative, bool(torch.version.hip))
+        kernel = step.step_kernel.warmup(*arguments, grid=(1,), **options)
         kernel[(1,)](*arguments)  # loads it; phases 0 do nothing
         registers = -(-kernel.n_regs // _GRANULE) * _GRANULE * _WARP
         resident = min(_REGISTERS // registers, _MAX_PROGRAMS)

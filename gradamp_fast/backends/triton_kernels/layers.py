@@ -1,3 +1,6 @@
+# Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
+# ruff: noqa: SIM102
+# mypy: disable-error-code="no-untyped-def"
 """The rules of a step that concern whole layers: totals, state update, threshold, selection.
 
 The same rules as csrc/decide.h; the state's layout is that of csrc/state.h and state.py. All in
@@ -9,7 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROW = tl.constexpr(8)  # columns of a row of sums: count, centre, two sums about it, the sketch's
+# Columns of a row of sums: count, centre, two sums about it, the sketch's four. In the row of a
+# layer the third holds what the layer is multiplied by in this step.
+ROW, MULTIPLIER = tl.constexpr(8), tl.constexpr(2)
 WIDTH = tl.constexpr(64)  # rows or layers at a time
 
 # Fields of the state: see state.py.
@@ -25,7 +30,6 @@ MAX_NORM, VALUE, DECAY, MIN_STEPS, REFRESH, WINDOW_COUNT, WINDOWS = (
 )
 
 MAX_NUMBER = tl.constexpr(1.7976931348623157e308)
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -140,13 +144,14 @@ def _store_scores(values, config, scores, layers):
         else:
             score = tl.log(tl.load(state + VARIANCE, mask=inside, other=1.0))
         least = tl.maximum(tl.where(measure == 2, 1.0, 2.0), min_steps)
-        tl.store(scores + index, tl.where((k >= least) & is_finite(score), score, NAN), mask=inside)
+        score = tl.where((k >= least) & is_finite(score), score, float("nan"))
+        tl.store(scores + index, score, mask=inside)
 
 
 @triton.jit
 def _scores_at(scores, begin, layers):
     index = begin + tl.arange(0, WIDTH)
-    return tl.load(scores + index, mask=index < layers, other=NAN)
+    return tl.load(scores + index, mask=index < layers, other=float("nan"))
 
 
 @triton.jit
@@ -204,12 +209,12 @@ def _threshold(config, scores, layers):
         if lower + 1 < count:
             high = _next_above(scores, layers, tau, lower)
             tau += (position - lower.to(tl.float64)) * (high - tau)
-    tau = tl.where(count > 0, tau, NAN)
+    tau = tl.where(count > 0, tau, float("nan"))
     return tl.where(kind == 3, value, tau)
 
 
 @triton.jit
-def _decide(values, config, scores, layers):
+def decide(values, config, scores, layers):
     """Chooses anew which layers are amplified."""
     _store_scores(values, config, scores, layers)
     tl.debug_barrier()
@@ -232,9 +237,8 @@ def _decide(values, config, scores, layers):
 
 
 @triton.jit
-def _update_layers(values, config, layer_rows, layers, factor):
+def _update_layers(values, config, layer_rows, layers):
     decay = tl.load(config + DECAY)
-    lagged = tl.load(config + EXACT) == 0
     for begin in range(0, layers, WIDTH):
         index = begin + tl.arange(0, WIDTH)
         row = layer_rows + index * ROW
@@ -267,42 +271,46 @@ def _update_layers(values, config, layer_rows, layers, factor):
         noise = tl.load(state + NOISE, mask=here, other=0.0)
         noise = keep * keep * noise + weight * weight * power
         tl.store(state + NOISE, noise, mask=here)
-        if lagged:
-            _count_amplified(state, here, factor)
 
 
 @triton.jit
-def _count_amplified(state, here, factor):
-    selected = tl.load(state + SELECTED, mask=here, other=0.0) != 0
-    multiplier = tl.where(selected, factor, 1.0)
-    times = tl.load(state + AMPLIFIED, mask=here, other=0.0)
-    tl.store(state + AMPLIFIED, times + 1.0, mask=here & (multiplier != 1))
+def _amplify(values, layer_rows, layers, factor):
+    """Notes what each layer is multiplied by in this step; row ``layers`` is the excluded's."""
+    for begin in range(0, layers + 1, WIDTH):
+        index = begin + tl.arange(0, WIDTH)
+        state = values + GLOBALS + index * FIELDS
+        selected = tl.load(state + SELECTED, mask=index < layers, other=0.0) != 0
+        multiplier = tl.where(selected, factor, 1.0)
+        row = layer_rows + index * ROW
+        tl.store(row + MULTIPLIER, multiplier, mask=index <= layers)
+        n = tl.load(row, mask=index < layers, other=0.0, cache_modifier=".cg")
+        counts = (n > 0) & (multiplier != 1)
+        times = tl.load(state + AMPLIFIED, mask=counts, other=0.0)
+        tl.store(state + AMPLIFIED, times + 1.0, mask=counts)
 
 
 @triton.jit
 def commit(values, config, layer_rows, scores, layers, factor):
     """Folds a step's sums, all finite, into the state, and decides where that is due."""
-    _update_layers(values, config, layer_rows, layers, factor)
+    exact = tl.load(config + EXACT) != 0
+    if not exact:
+        _amplify(values, layer_rows, layers, factor)
+    _update_layers(values, config, layer_rows, layers)
     tl.debug_barrier()
     refresh = tl.load(config + REFRESH).to(tl.int64)
     step = tl.load(values + STEP)
     counted = (step - tl.load(values + SKIPPED)).to(tl.int64) + 1
     if refresh > 0:
         if counted % refresh == 0:
-            _decide(values, config, scores, layers)
+            decide(values, config, scores, layers)
             tl.debug_barrier()
-    if tl.load(config + EXACT) != 0:
-        for begin in range(0, layers, WIDTH):
-            index = begin + tl.arange(0, WIDTH)
-            n = tl.load(
-                layer_rows + index * ROW, mask=index < layers, other=0.0, cache_modifier=".cg"
-            )
-            _count_amplified(values + GLOBALS + index * FIELDS, n > 0, factor)
+    if exact:
+        _amplify(values, layer_rows, layers, factor)
     tl.store(values + STEP, step + 1.0)
 
 
 @triton.jit
-def apply_norm(values, config, layer_rows, layers, factor):
+def apply_norm(values, config, layer_rows, layers):
     """Stores the global norm; returns what every gradient is multiplied by on top.
 
     Row ``layers`` holds the excluded parameters. A NaN norm gives NaN, as
@@ -317,9 +325,7 @@ def apply_norm(values, config, layer_rows, layers, factor):
         n = tl.load(row, mask=inside, other=0.0, cache_modifier=".cg")
         mean = tl.load(row + 1, mask=inside, other=0.0, cache_modifier=".cg")
         m2 = tl.load(row + 3, mask=inside, other=0.0, cache_modifier=".cg")
-        state = values + GLOBALS + index * FIELDS
-        selected = tl.load(state + SELECTED, mask=index < layers, other=0.0) != 0
-        multiplier = tl.where(selected, factor, 1.0)
+        multiplier = tl.load(row + MULTIPLIER, mask=inside, other=1.0)
         squares = m2 + n * mean * mean
         before += squares
         after += multiplier * multiplier * squares

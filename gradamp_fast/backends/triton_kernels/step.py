@@ -1,3 +1,6 @@
+# Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
+# ruff: noqa: SIM102
+# mypy: disable-error-code="no-untyped-def"
 """The step in one launch.
 
 Programs measure tiles (and multiply those of layers selected before); the last program of a
@@ -14,9 +17,23 @@ import triton
 import triton.language as tl
 
 from .layers import (
-    EXACT, FIELDS, GLOBALS, ROW, SELECTED, SKIPPED, STEP, active_factor, apply_norm, commit,
-    is_finite, needs_norm, next_weight, store_total, total,
-)  # fmt: skip
+    EXACT,
+    FIELDS,
+    GLOBALS,
+    MULTIPLIER,
+    ROW,
+    SELECTED,
+    SKIPPED,
+    STEP,
+    active_factor,
+    apply_norm,
+    commit,
+    is_finite,
+    needs_norm,
+    next_weight,
+    store_total,
+    total,
+)
 from .tile import TILE, fold_buckets, measure_elements, multiply_elements
 
 MEASURE, MULTIPLY, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # phases
@@ -29,8 +46,13 @@ LAYER_FIELDS = tl.constexpr(4)
 TILES_FROM, TILES, GROUPS_FROM, GROUPS = (tl.constexpr(i) for i in range(4))
 PROGRAMS, GENERATION, SPOILT, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
 
-DTYPE_SHIFT = tl.constexpr(60)  # an address and the dtype behind it share a word
-FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = (tl.constexpr(1 << i) for i in range(4))
+DTYPE_SHIFT = tl.constexpr(60)  # an address and the code of the dtype behind it share a word
+
+
+@triton.constexpr_function
+def element(code):
+    """The dtype of a code."""
+    return (tl.float32, tl.bfloat16, tl.float16, tl.float64)[code]
 
 
 @triton.jit
@@ -68,9 +90,7 @@ def _publish(tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile, laye
         n, mean, m2, power, dot, old, new = total(tile_rows + (first + begin) * ROW, count)
         store_total(group_rows + group * ROW, n, mean, m2, power, dot, old, new)
         if _is_last(tickets + LAYER_TICKETS + layer, groups):
-            n, mean, m2, power, dot, old, new = total(
-                group_rows + first_group * ROW, groups
-            )
+            n, mean, m2, power, dot, old, new = total(group_rows + first_group * ROW, groups)
             mean = mean * inverse
             m2 = m2 * inverse * inverse
             store_total(layer_rows + layer * ROW, n, mean, m2, power, dot, old, new)
@@ -100,30 +120,13 @@ def _measure_tile(
             side = tl.load(parity + tensor).to(tl.int64)
             place = sketch + tl.load(info + FIRST_BUCKET) + (first >> bucket_log2)
             before, after = place + side * buckets, place + (1 - side) * buckets
-        if FLOAT32 & DTYPES:
-            if dtype == 0:
-                measure_elements(
-                    address + first * 4, first, count, multiplier, after, bucket_log2, row,
-                    tl.float32, tl.float32, BY_BITS,
-                )  # fmt: skip
-        if BFLOAT16 & DTYPES:
-            if dtype == 1:
-                measure_elements(
-                    address + first * 2, first, count, multiplier, after, bucket_log2, row,
-                    tl.bfloat16, tl.float32, BY_BITS,
-                )  # fmt: skip
-        if FLOAT16 & DTYPES:
-            if dtype == 2:
-                measure_elements(
-                    address + first * 2, first, count, multiplier, after, bucket_log2, row,
-                    tl.float16, tl.float32, BY_BITS,
-                )  # fmt: skip
-        if FLOAT64 & DTYPES:
-            if dtype == 3:
-                measure_elements(
-                    address + first * 8, first, count, multiplier, after, bucket_log2, row,
-                    tl.float64, tl.float64, BY_BITS,
-                )  # fmt: skip
+        for code in tl.static_range(4):
+            if (DTYPES >> code) & 1:
+                if dtype == code:
+                    measure_elements(
+                        address, first, count, multiplier, after, bucket_log2, row,
+                        element(code), BY_BITS,
+                    )  # fmt: skip
         tl.debug_barrier()
         if bucket_log2 >= 0:
             weight = next_weight(values, tl.load(info + LAYER), config)
@@ -149,34 +152,18 @@ def _multiply_tile(
     if address != 0:
         first = (tile - tl.load(info + FIRST_TILE)) * TILE
         count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
-        if FLOAT32 & DTYPES:
-            if dtype == 0:
-                multiply_elements(
-                    address + first * 4, count, multiplier, tl.float32, tl.float32, BY_BITS
-                )
-        if BFLOAT16 & DTYPES:
-            if dtype == 1:
-                multiply_elements(
-                    address + first * 2, count, multiplier, tl.bfloat16, tl.float32, BY_BITS
-                )
-        if FLOAT16 & DTYPES:
-            if dtype == 2:
-                multiply_elements(
-                    address + first * 2, count, multiplier, tl.float16, tl.float32, BY_BITS
-                )
-        if FLOAT64 & DTYPES:
-            if dtype == 3:
-                multiply_elements(
-                    address + first * 8, count, multiplier, tl.float64, tl.float64, BY_BITS
-                )
+        for code in tl.static_range(4):
+            if (DTYPES >> code) & 1:
+                if dtype == code:
+                    multiply_elements(address, first, count, multiplier, element(code), BY_BITS)
 
 
 @triton.jit
-def _own_multiplier(values, layer, factor):
-    """What a layer is multiplied by: ``factor`` if it is selected. Layer -1: excluded."""
+def _standing_multiplier(values, layer, factor):
+    """``factor`` if the layer was selected before this step. Layer -1: excluded."""
     own = factor * 0.0 + 1.0
     if layer >= 0:
-        selected = tl.load(values + GLOBALS + layer * FIELDS + SELECTED, cache_modifier=".cg")
+        selected = tl.load(values + GLOBALS + layer * FIELDS + SELECTED)
         own = tl.where(selected != 0, factor, own)
     return own
 
@@ -199,16 +186,15 @@ def _conclude(
         commit(values, config, layer_rows, scores, layers, factor)
         tl.debug_barrier()
         if needs_norm(config):
-            coefficient = apply_norm(values, config, layer_rows, layers, factor)
+            coefficient = apply_norm(values, config, layer_rows, layers)
         for begin in range(0, measured, 128):
             index = begin + tl.arange(0, 128)
             inside = index < measured
             here = tl.load(addresses + index, mask=inside, other=0) != 0
             side = tl.load(parity + index, mask=inside, other=0)
             tl.store(parity + index, 1 - side, mask=inside & here)
-    tl.store(verdict, factor)
+    tl.store(verdict, tl.where(spoilt, 0.0, 1.0).to(tl.float64))
     tl.store(verdict + 1, coefficient)
-    tl.store(verdict + 2, tl.where(spoilt, 0.0, 1.0).to(tl.float64))
 
 
 @triton.jit
@@ -245,7 +231,7 @@ def step_kernel(
         if halted:
             if program == 0:
                 _skip(values)
-                tl.store(verdict + 2, inverse * 0.0)
+                tl.store(verdict, inverse * 0.0)
         else:
             factor = active_factor(values, config)
             for tile in range(program, tl.where(norm, tiles, measured_tiles), programs):
@@ -253,7 +239,7 @@ def step_kernel(
                 layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
                 multiplier = factor * 0.0 + 1.0
                 if write_now:
-                    multiplier = _own_multiplier(values, layer, factor) * rescale
+                    multiplier = _standing_multiplier(values, layer, factor) * rescale
                 _measure_tile(
                     values, sketch, parity, config, tensors, addresses,
                     tile_rows + tile * ROW, tensor, tile, inverse, multiplier,
@@ -281,14 +267,14 @@ def step_kernel(
             while now == generation:
                 now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
             tl.debug_barrier()
-        counted = tl.load(verdict + 2, cache_modifier=".cg") != 0
+        counted = tl.load(verdict, cache_modifier=".cg") != 0
         if counted & (not halted):
-            factor = tl.load(verdict, cache_modifier=".cg")
             common = rescale * tl.load(verdict + 1, cache_modifier=".cg")
             # Backwards: what was read last may still be cached.
             for i in range(program, tiles, programs):
                 tile = tiles - 1 - i
                 tensor = tl.load(tile_tensor + tile).to(tl.int64)
                 layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
-                multiplier = _own_multiplier(values, layer, factor) * common
+                row = layer_rows + tl.where(layer < 0, layers, layer) * ROW
+                multiplier = tl.load(row + MULTIPLIER, cache_modifier=".cg") * common
                 _multiply_tile(tensors, addresses, tensor, tile, multiplier, DTYPES, BY_BITS)

@@ -1,8 +1,11 @@
+# Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
+# ruff: noqa: RET505, SIM300
+# mypy: disable-error-code="no-untyped-def"
 """One program on one tile of one gradient: statistics, sketch and multiplication in one read.
 
-A program is one warp. It holds ``BLOCK`` elements at a time, as ``[rows, lanes, vector]`` with a
-16-byte vector of consecutive elements for each lane, so that sums over rows and vectors stay in
-a lane. Element i belongs to the same lane whatever its address.
+A program is one warp. It holds ``BLOCK`` elements at a time: loaded in order, looked at as
+``[rows, lanes, vector]`` with a 16-byte vector of consecutive elements for each lane, so that
+sums over rows and vectors stay in a lane. Element i belongs to the same lane whatever its address.
 """
 
 from __future__ import annotations
@@ -119,9 +122,12 @@ def _sign_word(word):
 
 
 @triton.jit
-def _signed(x, first, vectors, within, WIDE: tl.constexpr, VECTOR: tl.constexpr):
+def _signed(x, first, WIDE: tl.constexpr):
     """x with its signs; ``first`` is the block's first element in the tensor."""
-    offset = vectors * VECTOR
+    ROWS: tl.constexpr = x.shape[0]
+    VECTOR: tl.constexpr = x.shape[2]
+    offset = (tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * VECTOR
+    within = tl.arange(0, VECTOR)[None, None, :]
     words = (first >> 5).to(tl.uint32) + (offset >> 5).to(tl.uint32)
     bits = _sign_word(words) >> (offset & 31).to(tl.uint32)
     minus = (bits[:, :, None] << (31 - within).to(tl.uint32)) & 0x80000000
@@ -133,24 +139,25 @@ def _signed(x, first, vectors, within, WIDE: tl.constexpr, VECTOR: tl.constexpr)
 
 
 @triton.jit
-def _store_buckets(
-    signed, offsets, buckets, bucket_log2, left, VECTOR: tl.constexpr, MASKED: tl.constexpr
-):
+def _store_buckets(signed, buckets, bucket_log2, left):
     """Signed sums of the block's runs; ``left`` are the tile's elements from the block on."""
+    VECTOR: tl.constexpr = signed.shape[2]
     RUNS: tl.constexpr = BLOCK // 16
     LONG: tl.constexpr = BLOCK // 512
     if bucket_log2 > 0:
         parts = tl.reshape(tl.sum(signed, axis=2), [RUNS, 16 // VECTOR])
         runs = tl.sum(parts, axis=1)
         if bucket_log2 == 4:
-            index = tl.arange(0, RUNS)
-            tl.store(buckets + index, runs.to(tl.float32), mask=index * 16 < left)
+            run = tl.arange(0, RUNS)
+            tl.store(buckets + run, runs.to(tl.float32), mask=run * 16 < left)
         else:
-            index = tl.arange(0, LONG)
-            long = tl.sum(tl.reshape(runs, [LONG, RUNS // LONG]), axis=1)
-            tl.store(buckets + index, long.to(tl.float32), mask=index * 512 < left)
-    elif MASKED:  # a tensor of single elements is shorter than a tile
-        tl.store(buckets + offsets, signed.to(tl.float32), mask=offsets < left)
+            long_run = tl.arange(0, LONG)
+            long_runs = tl.sum(tl.reshape(runs, [LONG, RUNS // LONG]), axis=1)
+            tl.store(buckets + long_run, long_runs.to(tl.float32), mask=long_run * 512 < left)
+    else:
+        offsets = tl.arange(0, BLOCK)
+        single = tl.reshape(signed, [BLOCK]).to(tl.float32)
+        tl.store(buckets + offsets, single, mask=offsets < left)
 
 
 # ---- a tile -----------------------------------------------------------------------------
@@ -158,21 +165,21 @@ def _store_buckets(
 
 @triton.jit
 def measure_elements(
-    address, first, count, multiplier, buckets, bucket_log2, row,
-    ELEMENT: tl.constexpr, WIDE: tl.constexpr, BY_BITS: tl.constexpr,
+    tensor_address, first, count, multiplier, buckets, bucket_log2, row,
+    ELEMENT: tl.constexpr, BY_BITS: tl.constexpr,
 ):  # fmt: skip
     """Sums of a tile's elements to ``row``, the sums of its runs to ``buckets``.
 
-    ``address`` is that of the tile, ``first`` its first element's index in the tensor. Elements
-    are multiplied unless the multiplier is 1. ``bucket_log2`` -1: no sketch. ``row`` gets the
-    count, the tile's first element c, and the sums of x - c and (x - c)^2.
+    ``first`` is the index of the tile's first element in the tensor. Elements are multiplied
+    unless the multiplier is 1. ``bucket_log2`` -1: no sketch. ``row`` gets the count, the tile's
+    first element c, and the sums of x - c and (x - c)^2.
     """
+    WIDE: tl.constexpr = tl.float64 if ELEMENT == tl.float64 else tl.float32
     BYTES: tl.constexpr = ELEMENT.primitive_bitwidth // 8
+    address = tensor_address + first * BYTES
     VECTOR: tl.constexpr = 16 // BYTES
     ROWS: tl.constexpr = BLOCK // (LANES * VECTOR)
-    vectors = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    within = tl.arange(0, VECTOR)[None, None, :]
-    offsets = vectors[:, :, None] * VECTOR + within
+    offsets = tl.arange(0, BLOCK)
     aligned = address % 16 == 0
     factor = multiplier.to(WIDE)
     centre = _widen(tl.load(_at(address, BYTES, ELEMENT)), WIDE, BY_BITS).to(tl.float64)
@@ -183,32 +190,35 @@ def measure_elements(
     for begin in range(0, full, BLOCK):
         part = address + begin * BYTES
         x = _widen(_load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
+        x = tl.reshape(x, [ROWS, LANES, VECTOR])
         lane_count = tl.full([LANES], BLOCK // LANES, tl.float64)
         mean, m2 = _lane_moments(x, x, lane_count, WIDE, False)
         sums += lane_count * (mean - centre)
         squares += m2 + lane_count * (mean - centre) * (mean - centre)
         if bucket_log2 >= 0:
-            signed = _signed(x, first + begin, vectors, within, WIDE, VECTOR)
+            signed = _signed(x, first + begin, WIDE)
             runs = buckets + (begin >> bucket_log2)
-            _store_buckets(signed, offsets, runs, bucket_log2, count - begin, VECTOR, False)
+            _store_buckets(signed, runs, bucket_log2, count - begin)
         if factor != 1:
-            y = _narrow(x * factor, ELEMENT, BY_BITS)
+            y = tl.reshape(_narrow(x * factor, ELEMENT, BY_BITS), [BLOCK])
             _store(part, offsets, y, aligned, ELEMENT, VECTOR)
     if full < count:
         left = count - full
         valid = offsets < left
         pointer = _at(address + full * BYTES, BYTES, ELEMENT)
         x = _widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
-        lane_count = _sum_in_lane(valid.to(tl.int32)).to(tl.float64)
-        mean, m2 = _lane_moments(x, valid, lane_count, WIDE, True)
+        x = tl.reshape(x, [ROWS, LANES, VECTOR])
+        inside = tl.reshape(valid, [ROWS, LANES, VECTOR])
+        lane_count = _sum_in_lane(inside.to(tl.int32)).to(tl.float64)
+        mean, m2 = _lane_moments(x, inside, lane_count, WIDE, True)
         sums += lane_count * (mean - centre)
         squares += m2 + lane_count * (mean - centre) * (mean - centre)
         if bucket_log2 >= 0:
-            signed = _signed(x, first + full, vectors, within, WIDE, VECTOR)
+            signed = _signed(x, first + full, WIDE)
             runs = buckets + (full >> bucket_log2)
-            _store_buckets(signed, offsets, runs, bucket_log2, left, VECTOR, True)
+            _store_buckets(signed, runs, bucket_log2, left)
         if factor != 1:
-            y = _narrow(x * factor, ELEMENT, BY_BITS)
+            y = tl.reshape(_narrow(x * factor, ELEMENT, BY_BITS), [BLOCK])
             tl.store(pointer + offsets, y, mask=valid)
 
     tl.store(row, count.to(tl.float64))
@@ -219,15 +229,14 @@ def measure_elements(
 
 @triton.jit
 def multiply_elements(
-    address, count, multiplier,
-    ELEMENT: tl.constexpr, WIDE: tl.constexpr, BY_BITS: tl.constexpr,
-):  # fmt: skip
+    tensor_address, first, count, multiplier, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr
+):
     """Multiplies a tile's elements in fp32 (fp64 for fp64), rounding once."""
+    WIDE: tl.constexpr = tl.float64 if ELEMENT == tl.float64 else tl.float32
     BYTES: tl.constexpr = ELEMENT.primitive_bitwidth // 8
+    address = tensor_address + first * BYTES
     VECTOR: tl.constexpr = 16 // BYTES
-    ROWS: tl.constexpr = BLOCK // (LANES * VECTOR)
-    vectors = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    offsets = vectors[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    offsets = tl.arange(0, BLOCK)
     aligned = address % 16 == 0
     factor = multiplier.to(WIDE)
     if factor != 1:

@@ -1,0 +1,13 @@
+"""A kernel that decides and does nothing else; to be imported in the interpreter."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl  # noqa: F401  # the interpreter looks for it
+
+from gradamp_fast.backends.triton_kernels.layers import decide
+
+
+@triton.jit
+def decide_kernel(values, config, scores, layers):
+    decide(values, config, scores, layers)
