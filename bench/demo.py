@@ -13,6 +13,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from bench.data import DataMissing, load
 from bench.train import Recipe, Result, train_watched
 from gradamp_fast.plot import heatmap
@@ -44,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=RECIPE.epochs, help="default: %(default)s")
     parser.add_argument("--out", default="out/demo.png", help="the heat-map; default: %(default)s")
     given = parser.parse_args(argv)
+    # On images this small a second thread gains little, loses much on a busy machine, and gives
+    # another sum: the figures would depend on the number of cores.
+    torch.set_num_threads(1)
     recipe = replace(RECIPE, epochs=given.epochs)
     try:
         data = load("digits")
