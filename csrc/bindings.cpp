@@ -2,16 +2,18 @@
 
 #include "cpu/step.h"
 #include "plan.h"
+#if defined(GRADAMP_WITH_CUDA)
+#include "cuda/engine.h"
+#endif
 
 namespace {
 
-py::dict built_with() {
-  py::dict facts;
-  facts["torch"] = GRADAMP_TORCH_VERSION;
-  facts["cuda"] = GRADAMP_CUDA_VERSION;
-  facts["archs"] = GRADAMP_ARCHS;
-  facts["cxx"] = __VERSION__;
-  return facts;
+std::optional<std::string> cuda_unavailable([[maybe_unused]] int index) {
+#if defined(GRADAMP_WITH_CUDA)
+  return gradamp::cuda::unavailable(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
+#else
+  return "this build has no CUDA kernels";
+#endif
 }
 
 }  // namespace
@@ -19,8 +21,9 @@ py::dict built_with() {
 PYBIND11_MODULE(_C, m) {
   using gradamp::Plan;
   m.doc() = "Compiled backends of gradamp_fast: the step on the CPU and, where built, on CUDA.";
-  m.def("built_with", &built_with, "Versions this extension was compiled against.");
   m.def("instruction_set", &gradamp::cpu::instruction_set, "What the CPU backend uses here.");
+  m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
+        "Why the CUDA kernels cannot run on that GPU, with the fix; None if they can.");
   py::class_<Plan>(m, "Plan")
       .def(py::init<std::vector<py::object>, std::vector<py::object>, const std::vector<int32_t>&,
                     const std::vector<int64_t>&, const std::vector<int64_t>&, int64_t,
@@ -34,6 +37,13 @@ PYBIND11_MODULE(_C, m) {
               const std::optional<py::bytes>& only, bool walked) {
              return static_cast<int>(plan.step(grad_scale, found_inf, unscale, only, walked));
            })
+      .def("stress",
+           [](Plan& plan, int32_t blocks, uint32_t seed, bool cooperative, bool poison) {
+             plan.stress({blocks, seed, cooperative, poison});
+           },
+           py::arg("blocks") = 0, py::arg("seed") = 0, py::arg("cooperative") = true,
+           py::arg("poison") = false,
+           "For tests: what a step on CUDA must not depend on (Stress in csrc/engine.h).")
       .def("step_gradients",
            [](Plan& plan, std::vector<std::optional<at::Tensor>> gradients,
               const std::optional<at::Tensor>& grad_scale,
