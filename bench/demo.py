@@ -1,9 +1,9 @@
-"""Trains a ResNet-18 on handwritten digits, plainly and amplified, and shows what was amplified.
+"""Trains a ResNet-18 of half width on handwritten digits, once plainly and once amplified.
 
     python -m bench.demo
 
-Real images, nothing to download; a few minutes on two cores. Writes a heat-map of the layers'
-fluctuation over the epochs.
+Real images, nothing to download, about a minute on one core. Ends with both accuracies, what is
+known of each layer, and a heat-map of the layers' fluctuation in which amplified epochs are framed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     # On images this small a second thread gains little, loses much on a busy machine, and gives
     # another sum: the figures would depend on the number of cores.
     torch.set_num_threads(1)
-    recipe = replace(RECIPE, epochs=given.epochs)
     try:
+        recipe = replace(RECIPE, epochs=given.epochs)
         data = load("digits")
-    except DataMissing as error:
+    except (DataMissing, ValueError) as error:
         sys.exit(f"python -m bench.demo: {error}")
     plain = train_watched(data, recipe)
     amplified = train_watched(data, recipe, AMPLIFY)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     print(outcome(plain, amplified))
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    heatmap(amplified.history, out, title="ResNet-18 on handwritten digits")
+    heatmap(amplified.history, out, title="ResNet-18 of half width on handwritten digits")
     print(f"Heat-map: {out}")
 
 

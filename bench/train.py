@@ -46,6 +46,11 @@ class Recipe:
     seed: int = 0
     bf16: bool = False  # forward pass under bf16 autocast; parameters and gradients stay fp32
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a 0-based step out of `steps`."""
         rising = (step + 1) / max(self.warmup * steps, 1.0)
@@ -215,18 +220,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     given = arguments(argv)
-    recipe = Recipe(
-        arch=given.arch,
-        width=given.width,
-        epochs=given.epochs,
-        batch=given.batch,
-        lr=given.lr,
-        seed=given.seed,
-        bf16=given.bf16,
-    )
     names = ("factor", "measure", "threshold", "select", "min_steps", "refresh", "backend")
     amplify = None if given.plain else {name: getattr(given, name) for name in names}
     try:
+        recipe = Recipe(
+            arch=given.arch,
+            width=given.width,
+            epochs=given.epochs,
+            batch=given.batch,
+            lr=given.lr,
+            seed=given.seed,
+            bf16=given.bf16,
+        )
         data = load(given.data, given.root, given.download, given.device)
         result = train_watched(data, recipe, amplify)
     except (DataMissing, ValueError) as error:

@@ -164,5 +164,7 @@ def test_the_command_line_trains(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "epoch 1/1" in printed
     assert "accuracy" in printed
+    with pytest.raises(SystemExit, match="epochs=0"):
+        train.main(["--epochs=0"])
     with pytest.raises(SystemExit, match="measure"):
         train.main(["--data=fake", "--arch=cnn", "--measure=fluctuations"])
