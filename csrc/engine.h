@@ -26,10 +26,19 @@ struct StepInputs {
   uint8_t* written;         // out, one per tensor: the gradient may have been written
 };
 
+// For tests: what a step must not depend on. Only engines with something to vary listen.
+struct Stress {
+  int32_t blocks = 0;       // of the grid; 0: as many as are useful
+  uint32_t seed = 0;        // of random delays between a tile and its ticket; 0: none
+  bool cooperative = true;  // false: two phases are two launches
+  bool poison = false;      // the workspace is filled with NaN before each step
+};
+
 class Engine {
  public:
   virtual ~Engine() = default;
   virtual void step(const StepInputs& in) = 0;
+  virtual void stress(const Stress&) {}
 };
 
 }  // namespace gradamp

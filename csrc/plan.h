@@ -37,6 +37,8 @@ class __attribute__((visibility("hidden"))) Plan {
                          const std::optional<at::Tensor>& grad_scale,
                          const std::optional<at::Tensor>& found_inf, bool unscale);
 
+  void stress(const Stress& stress) { engine_->stress(stress); }
+
  private:
   Outcome collect(const char* only, bool walked);
   // False: not a gradient that the engine can take as it is.

@@ -7,34 +7,16 @@
 
 #include "../decide.h"
 #include "../engine.h"
-#include "../layout.h"
+#include "tables.h"
 
 namespace gradamp::cuda {
-
-// A warp works on one tile at a time; 16 KB of fp32.
-constexpr int64_t kTileElements = 4096;
-// Tiles of one layer whose sums are merged before the layer's are.
-constexpr int kGroupTiles = 32;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Addresses travel by value in the kernel's parameters, whose limit is 4 KB, or 32,764
-// bytes from driver 530 (CUDA 12.1) on. More tensors take more launches.
-constexpr int kSmallTable = 448;
-constexpr int kLargeTable = 4000;
-
 struct TileSums {
   Moments moments;
   SketchSums sketch;
-};
-
-// Where a layer's tiles and groups of tiles lie; the last entry is that of the excluded tensors.
-struct LayerTiles {
-  int32_t first_tile;
-  int32_t tiles;
-  int32_t first_group;
-  int32_t groups;
 };
 
 // What the deciding block leaves for the second phase.
@@ -49,7 +31,7 @@ struct Tables {  // on the device, written once
   const LayerTiles* layers;  // [num_layers + 1]
 };
 
-struct Workspace {  // on the device
+struct Workspace {  // on the device; every step writes what it reads
   TileSums* tiles;
   TileSums* groups;
   LayerSums* layers;  // [num_layers + 1]
@@ -68,13 +50,13 @@ struct StepArgs {
   const float* grad_scale;
   float* found_inf;
   int32_t num_layers;
-  int32_t measured;      // tensors that belong to a layer
-  int32_t tensor_begin;  // tensors and tiles of this launch
+  int32_t measured;            // tensors that belong to a layer
+  int32_t tensor_begin;        // tensors and tiles of this launch
   int32_t tile_begin;
   int32_t tile_end;
-  uint32_t stress;       // tests only: seed of random delays before tickets, 0 for none
+  uint32_t stress;             // tests only: seed of random delays before tickets, 0 for none
   bool unscale;
-  bool write_in_first_phase;  // multiplies as it measures
+  bool write_in_first_phase;   // multiplies as it measures
   bool first_launch;           // of the step
   bool last_launch;            // of the first phase: its last block decides
 };
@@ -95,7 +77,8 @@ struct Device {
 // Loads the kernels and reads what they can use of the current device.
 cudaError_t inspect(Device& device);
 
-// `table` holds the tagged addresses of tensors [args.tensor_begin, ... + count).
+// `table` holds the tagged addresses of tensors [args.tensor_begin, ... + count) and may be
+// read up to the capacity of the table that `count` needs.
 cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
                    int blocks, const Device& device, cudaStream_t stream);
 

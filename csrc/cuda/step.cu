@@ -7,6 +7,7 @@
 
 #include "../decide.h"
 #include "launch.h"
+#include "publish.cuh"
 #include "tile.cuh"
 
 namespace gradamp::cuda {
@@ -18,76 +19,6 @@ struct AddressTable {
 };
 
 constexpr int kMinBlocks = 3;  // of 256 threads on a processor: at most 80 registers each
-
-// Adds one and wraps to zero after `count` calls; true for the last of them, which then
-// sees what the others wrote before theirs. Tickets need no reset between steps.
-__device__ inline bool is_last(uint32_t* ticket, uint32_t count) {
-  uint32_t old;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(ticket), "r"(count - 1)
-               : "memory");
-  return old == count - 1;
-}
-
-// The same for a whole warp whose lane 0 holds what there is to publish.
-__device__ inline bool warp_is_last(uint32_t* ticket, int count) {
-  __syncwarp();
-  int last = 0;
-  if (lane_index() == 0) last = is_last(ticket, static_cast<uint32_t>(count));
-  last = __shfl_sync(kAllLanes, last, 0);
-  __syncwarp();
-  return last;
-}
-
-// Sums that another processor wrote: from L2.
-__device__ inline TileSums fresh(const TileSums* p) {
-  const double* d = reinterpret_cast<const double*>(p);
-  return {{__ldcg(d), __ldcg(d + 1), __ldcg(d + 2)},
-          {__ldcg(d + 3), __ldcg(d + 4), __ldcg(d + 5), __ldcg(d + 6)}};
-}
-
-// Sums of p[0 .. count), the same in every lane: each lane's in order, then across lanes.
-__device__ inline TileSums warp_total(const TileSums* p, int count) {
-  TileSums mine;
-#pragma unroll 1
-  for (int i = lane_index(); i < count; i += 32) {
-    const TileSums next = fresh(p + i);
-    mine.moments = merge(mine.moments, next.moments);
-    add(mine.sketch, next.sketch);
-  }
-  WarpGroup warp;
-  return {merge_all(mine.moments, warp), add_all(mine.sketch, warp)};
-}
-
-__device__ inline void random_delay(uint32_t seed, int tile) {
-  if (seed == 0) return;
-  const uint32_t wait = sign_word(seed + tile) % 16384;
-  const long long start = clock64();
-  while (clock64() - start < wait) {
-  }
-}
-
-// Publishes a tile's sums; the last warp of a layer adds the layer up.
-__device__ inline void publish(const StepArgs& a, int tile, int layer, const TileSums& sums) {
-  const Workspace& w = a.work;
-  const LayerTiles at = a.tables.layers[layer];
-  const bool leader = lane_index() == 0;
-  if (leader) w.tiles[tile] = sums;
-  random_delay(a.stress, tile);
-
-  const int group = (tile - at.first_tile) / kGroupTiles;
-  const int first = at.first_tile + group * kGroupTiles;
-  const int left = at.first_tile + at.tiles - first;
-  const int count = left < kGroupTiles ? left : kGroupTiles;
-  if (!warp_is_last(w.group_tickets + at.first_group + group, count)) return;
-  const TileSums of_group = warp_total(w.tiles + first, count);
-  if (leader) w.groups[at.first_group + group] = of_group;
-
-  if (!warp_is_last(w.layer_tickets + layer, at.groups)) return;
-  const TileSums of_layer = warp_total(w.groups + at.first_group, at.groups);
-  if (leader) w.layers[layer] = {of_layer.moments, of_layer.sketch};
-}
 
 template <class Visitor>
 __device__ inline auto with_element(DType dtype, Visitor&& visit) {
@@ -256,6 +187,9 @@ __device__ inline void conclude(const StepArgs& a) {
   BlockGroup<kThreads> block = {scratch};
   const Workspace& w = a.work;
   GlobalState& global = *a.state.global;
+  for (int l = block.rank(); l <= a.num_layers; l += block.size())
+    if (a.tables.layers[l].tiles == 0) w.layers[l] = LayerSums{};
+  block.barrier();
   const double factor = active_factor(a.config, global);
   const bool counted = commit(a.config, global, a.state.layers, w.layers, a.num_layers, w.scratch,
                               factor, block);
@@ -292,6 +226,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const bool first_thread = blockIdx.x == 0 && threadIdx.x == 0;
 
   if (phases & kMeasure) {
+    // Every block reads this before its ticket, and only the last to take one writes it.
     if (a.found_inf && *a.found_inf != 0.0f) {
       if (first_thread && a.first_launch) count_skipped_step(a);
       return;
@@ -308,17 +243,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (phases & kMultiply) multiply_tiles(a, table, kept_tiles);
 }
 
-template <int kCapacity>
-cudaError_t launch_kernel(const StepArgs& args, const uint64_t* tagged, int count, int phases,
-                          int blocks, int kept_tiles, cudaStream_t stream) {
-  AddressTable<kCapacity> table;
-  for (int i = 0; i < count; ++i) table.tagged[i] = tagged[i];
-  void* parameters[] = {const_cast<StepArgs*>(&args), &table, &phases, &kept_tiles};
-  const auto kernel = reinterpret_cast<const void*>(&step_kernel<kCapacity>);
-  const size_t shared = static_cast<size_t>(kept_tiles) * kKeptVectors * sizeof(uint4);
-  if (phases == kBoth)
-    return cudaLaunchCooperativeKernel(kernel, blocks, kThreads, parameters, shared, stream);
-  return cudaLaunchKernel(kernel, blocks, kThreads, parameters, shared, stream);
+constexpr int kKeptBytes = kKeptVectors * sizeof(uint4);
+
+const void* kernel_for(int capacity) {
+  return capacity == kSmallTable ? reinterpret_cast<const void*>(&step_kernel<kSmallTable>)
+                                 : reinterpret_cast<const void*>(&step_kernel<kLargeTable>);
+}
+
+// Loads the kernel; blocks of it that fit on a processor at once.
+cudaError_t prepare(int capacity, int shared, int& blocks) {
+  const void* const kernel = kernel_for(capacity);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared);
 }
 
 }  // namespace
@@ -335,34 +273,38 @@ cudaError_t inspect(Device& device) {
   attribute(shared_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
   if (error != cudaSuccess) return error;
-  device.cooperative = cooperative != 0;
-  device.large_table = driver >= 12010;
 
-  const void* const kernels[] = {reinterpret_cast<const void*>(&step_kernel<kSmallTable>),
-                                 reinterpret_cast<const void*>(&step_kernel<kLargeTable>)};
-  constexpr int kKeptBytes = kKeptVectors * sizeof(uint4);
   constexpr int kReserved = 10240;  // of each block: static and the system's own
-  const int per_block = shared_processor / kMinBlocks - kReserved;
-  const int usable = per_block < shared_optin - kReserved ? per_block : shared_optin - kReserved;
-  device.kept_tiles = usable / kKeptBytes < kWarps ? usable / kKeptBytes : kWarps;
-  device.blocks_per_processor = 1 << 20;
-  for (int i = 0; i < (device.large_table ? 2 : 1); ++i) {
-    const int shared = device.kept_tiles * kKeptBytes;
-    int blocks = 0;
-    error = cudaFuncSetAttribute(kernels[i], cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error == cudaSuccess)
-      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernels[i], kThreads, shared);
-    if (error != cudaSuccess) return error;
-    if (blocks < device.blocks_per_processor) device.blocks_per_processor = blocks;
+  const int per_block = shared_processor / kMinBlocks;
+  const int usable = (per_block < shared_optin ? per_block : shared_optin) - kReserved;
+  const int kept = usable < 0 ? 0 : usable / kKeptBytes;
+  device.kept_tiles = kept < kWarps ? kept : kWarps;
+  device.cooperative = cooperative != 0;
+  const int shared = device.kept_tiles * kKeptBytes;
+  error = prepare(kSmallTable, shared, device.blocks_per_processor);
+  if (error != cudaSuccess) return error;
+
+  int blocks = 0;
+  device.large_table = driver >= 12010 && prepare(kLargeTable, shared, blocks) == cudaSuccess;
+  if (!device.large_table) {
+    cudaGetLastError();  // a refusal of the large table is no error
+  } else if (blocks < device.blocks_per_processor) {
+    device.blocks_per_processor = blocks;
   }
   return cudaSuccess;
 }
 
 cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
                    int blocks, const Device& device, cudaStream_t stream) {
-  const int kept_tiles = phases == kBoth ? device.kept_tiles : 0;
-  const auto kernel = count <= kSmallTable ? &launch_kernel<kSmallTable> : &launch_kernel<kLargeTable>;
-  return kernel(args, table, count, phases, blocks, kept_tiles, stream);
+  int phase_bits = phases;
+  int kept_tiles = phases == kBoth ? device.kept_tiles : 0;
+  void* parameters[] = {const_cast<StepArgs*>(&args), const_cast<uint64_t*>(table), &phase_bits,
+                        &kept_tiles};
+  const void* const kernel = kernel_for(count <= kSmallTable ? kSmallTable : kLargeTable);
+  const size_t shared = static_cast<size_t>(kept_tiles) * kKeptBytes;
+  if (phases == kBoth)
+    return cudaLaunchCooperativeKernel(kernel, blocks, kThreads, parameters, shared, stream);
+  return cudaLaunchKernel(kernel, blocks, kThreads, parameters, shared, stream);
 }
 
 }  // namespace gradamp::cuda

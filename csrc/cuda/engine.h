@@ -1,0 +1,24 @@
+// The step on an NVIDIA GPU: owns what it needs on the device and launches the kernel.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "../engine.h"
+#include "../layout.h"
+#include "tables.h"
+
+namespace gradamp::cuda {
+
+// Allocates and uploads everything a step needs; a step then only launches. Cannot be
+// called while a CUDA graph is captured.
+std::unique_ptr<Engine> make_engine(Layout layout, const Config& config, const StateView& state,
+                                    at::Device device);
+
+// Why the kernels of this build cannot run on the device, with the fix.
+std::optional<std::string> unavailable(at::Device device);
+
+}  // namespace gradamp::cuda
