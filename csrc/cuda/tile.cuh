@@ -87,7 +87,7 @@ __device__ inline VectorSums<E> add_up_scaled(uint4 raw, float shift, float d2, 
   E::unpack(make_uint4(raw.x ^ zero, raw.y ^ zero, raw.z ^ zero, raw.w ^ zero), x);
 #pragma unroll
   for (int e = 0; e < E::kPerVector; ++e) {
-    const float delta = kFull || e < valid ? x[e] * scale - shift * scale : 0.0f;
+    const float delta = kFull || e < valid ? (x[e] - shift) * scale : 0.0f;
     sums.d += delta;
     sums.d2 += delta * delta;
   }
@@ -98,7 +98,7 @@ __device__ inline VectorSums<E> add_up_scaled(uint4 raw, float shift, float d2, 
 
 template <class E>
 struct LaneSums {
-  typename E::Wide shift;       // the lane's first element
+  typename E::Wide shift;       // close to the lane's elements
   typename E::Wide d, d2;       // since the last flush
   double total_d, total_d2;
 
@@ -107,6 +107,17 @@ struct LaneSums {
     d = 0, d2 = 0;
   }
 };
+
+// The lane's first element, or the median of its first three, which is no outlier: all others
+// would lie far from that, and their squares would hide the variance.
+template <class E>
+__device__ inline typename E::Wide shift_for(uint4 raw, int valid) {
+  typename E::Wide x[E::kPerVector];
+  E::unpack(raw, x);
+  if constexpr (E::kPerVector >= 3)
+    if (valid >= 3) return fmaxf(fminf(x[0], x[1]), fminf(fmaxf(x[0], x[1]), x[2]));
+  return x[0];
+}
 
 template <class E, bool kFull>
 __device__ inline void add(LaneSums<E>& lane, const VectorSums<E>& v, uint4 raw, int valid) {
@@ -254,11 +265,7 @@ __device__ inline Moments measure_elements(const TileData& tile, double multipli
   for (; begin < tile.count; begin += kRowElements<E>, p += kRowBytes) {
     const int valid = valid_elements<E>(tile.count - begin);
     const uint4 raw = load_part<E>(p, valid);
-    if (begin == 0) {
-      Wide x[E::kPerVector];
-      E::unpack(raw, x);
-      sums.shift = x[0];
-    }
+    if (begin == 0) sums.shift = shift_for<E>(raw, valid);
     const int element = lane * E::kPerVector;
     const uint32_t signs =
         sign_word(tile.first_word + (begin + element) / 32) >> (element % 32);
