@@ -30,7 +30,7 @@ class History(Sequence[Report]):
 
     def due(self, every: int) -> bool:
         """Counts a call and says whether it is one that adds an entry."""
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r} is out of range: it must be a whole number >= 1")
         self._calls += 1
         return self._calls % (every * self._stride) == 0

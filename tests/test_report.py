@@ -193,8 +193,9 @@ def test_reset_empties_the_history() -> None:
 
 def test_every_is_checked() -> None:
     _, amplifier = stepped(0)
-    with pytest.raises(ValueError, match="every=0"):
-        amplifier.record(every=0)
+    for every in (0, 2.5, "epoch"):
+        with pytest.raises(ValueError, match="every="):
+            amplifier.record(every=every)  # type: ignore[arg-type]
 
 
 # ---- CSV and JSON -------------------------------------------------------------------
