@@ -91,7 +91,7 @@ class Amplifier:
         if self._needs_epoch:
             raise RuntimeError(
                 'schedule unit "epoch" and refresh="epoch" need set_epoch(epoch) to be called '
-                "before the first step"
+                "before the first step; fused_amplify cannot wait for that, an Amplifier can"
             )
         if grad_scale is not None or found_inf is not None:
             self._check_scalar("grad_scale", grad_scale)
