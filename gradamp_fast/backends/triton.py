@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..gradients import GradientReader, Outcome
+from ..gradients import Outcome
 from ..options import Options
 from ..plan import Plan
 from ..state import State
@@ -26,7 +26,8 @@ class TritonBackend:
     name: ClassVar[str] = "triton"
 
     def __init__(self, plan: Plan, state: State, options: Options) -> None:
-        from .triton_kernels.host import DTYPE_BITS, AddressTable, Launcher, Tables
+        from .triton_kernels.addresses import AddressTable, GradientAddresses
+        from .triton_kernels.host import Launcher, Tables
 
         self.device = state.device
         self.on_gpu = self.device.type == "cuda"
@@ -35,42 +36,29 @@ class TritonBackend:
                 "a step cannot be captured before the Amplifier has its tables on the device: "
                 "call amplifier.prepare() or take one step first"
             )
-        self.reader = GradientReader(plan, self.device)
-        self.bits = DTYPE_BITS
         with torch.cuda.device(self.device if self.on_gpu else -1):
             tables = Tables(plan, self.device)
             numbers = torch.tensor(configuration(options), dtype=torch.float64)
-            self.addresses = AddressTable(len(plan.slots), self.device)
+            self.addresses = GradientAddresses(plan, self.device)
+            self.table = AddressTable(len(plan.slots), self.device)
             self.launcher = Launcher(
                 (
-                    state.values,
-                    state.sketch,
-                    state.parity,
-                    numbers.to(self.device),
-                    *tables.pointers,
+                    *(state.values, state.sketch, state.parity),
+                    *(numbers.to(self.device), *tables.pointers),
                 ),
-                self.addresses.upload([None] * len(plan.slots)),
+                self.table.upload([0] * len(plan.slots)),
                 (
-                    plan.measured,
-                    len(plan.layers),
-                    plan.buckets,
-                    tables.measured_tiles,
-                    tables.tiles,
+                    *(plan.measured, len(plan.layers), plan.buckets),
+                    *(tables.measured_tiles, tables.tiles),
                 ),
                 self.device,
                 options.timing == "exact" or options.match_norm or options.max_norm is not None,
             )
-            self.dtypes = 0
-            self._take_dtypes([slot.parameter for slot in plan.slots])
+            self.launcher.load(self.addresses.dtypes)
             if self.on_gpu:
                 self.stream = torch.cuda.current_stream()
                 self.done = torch.cuda.Event()
                 self.done.record(self.stream)
-
-    def _take_dtypes(self, tensors: list[Tensor]) -> None:
-        for dtype in {tensor.dtype for tensor in tensors}:
-            self.dtypes |= self.bits.get(dtype.to_real() if dtype.is_complex else dtype, 0)
-        self.launcher.load(self.dtypes)
 
     def step(
         self,
@@ -80,26 +68,21 @@ class TritonBackend:
         only: bytes | None,
         walked: bool,
     ) -> Outcome:
-        gradients = self.reader.read(only, walked)
-        if isinstance(gradients, Outcome):
-            return gradients
+        outcome = self.addresses.read(only, walked)
+        if outcome is not Outcome.DONE:
+            return outcome
         if self.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                self._run(gradients, grad_scale, found_inf, unscale)
+                self._run(grad_scale, found_inf, unscale)
         else:
-            self._run(gradients, grad_scale, found_inf, unscale)
-        self.reader.write_back()
+            self._run(grad_scale, found_inf, unscale)
+        self.addresses.reader.write_back()
         return Outcome.DONE
 
-    def _run(
-        self,
-        gradients: list[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-    ) -> None:
-        present = [gradient for gradient in gradients if gradient is not None]
-        self._take_dtypes(present)
+    def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale: bool) -> None:
+        dtypes = self.addresses.dtypes
+        changed, self.addresses.gradients = self.addresses.gradients, []  # let go of
+        self.launcher.load(dtypes)
         capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
         if self.on_gpu and not capturing:
             stream = torch.cuda.current_stream()
@@ -107,8 +90,8 @@ class TritonBackend:
                 stream.wait_event(self.done)
                 self.stream = stream
         self.launcher(
-            self.dtypes,
-            self.addresses.upload(gradients),
+            dtypes,
+            self.table.upload(self.addresses.words),
             0 if grad_scale is None else grad_scale.data_ptr(),
             0 if found_inf is None else found_inf.data_ptr(),
             unscale,
@@ -117,7 +100,7 @@ class TritonBackend:
             self.done.record(self.stream)
         # Which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
-            present if found_inf is None else [*present, found_inf]
+            changed if found_inf is None else [*changed, found_inf]
         )
 
     @staticmethod

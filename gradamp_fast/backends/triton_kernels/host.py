@@ -1,4 +1,4 @@
-"""What the host keeps for the kernel: its tables and workspace, the addresses, the launches."""
+"""What the host keeps for the kernel: its tables and workspace, and its launches."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from triton import knobs
 
 from ...plan import Plan, Slot
 from . import layers, step, tile
+from .addresses import DTYPE_BITS
 
 INTERPRETED: bool = knobs.runtime.interpret
-# In the order of their codes in the kernel.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPE_BITS = {dtype: 1 << code for code, dtype in enumerate(_DTYPES)}
-_TAGS = {dtype: code << step.DTYPE_SHIFT.value for code, dtype in enumerate(_DTYPES)}
 _TILE: int = tile.TILE.value
 _GROUP: int = step.GROUP.value
 _ROW: int = layers.ROW.value
+_MEASURE: int = step.MEASURE.value
+_MULTIPLY: int = step.MULTIPLY.value
 # Programs on a processor at a time: as many as every GPU takes, if registers allow.
 _MAX_PROGRAMS = 16
 _REGISTERS, _WARP, _GRANULE = 65536, 32, 8
@@ -88,60 +87,6 @@ def _tensor_row(slot: Slot, first_tile: int) -> tuple[int, ...]:
     return (slot.numel, first_tile, slot.first_bucket, slot.layer, bucket_log2, 0, 0, 0)
 
 
-class AddressTable:
-    """Addresses of the gradients on the device, uploaded when one has changed.
-
-    A step that is captured in a CUDA graph gets a table of its own, copied from pinned memory
-    that nothing writes again: the graph copies it at every replay.
-    """
-
-    SPARES = 8  # steps with different addresses that may be captured without an eager one between
-
-    def __init__(self, tensors: int, device: torch.device) -> None:
-        self.device = device
-        self._words: tuple[int, ...] = ()
-        self._table = torch.zeros(tensors, dtype=torch.int64, device=device)
-        self._captured: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self._spares: list[tuple[Tensor, Tensor]] = []
-        self._refill()
-
-    def _refill(self) -> None:
-        while self.device.type == "cuda" and len(self._spares) < self.SPARES:
-            pinned = torch.zeros(self._table.numel(), dtype=torch.int64, pin_memory=True)
-            self._spares.append((pinned, torch.zeros_like(self._table)))
-
-    def upload(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The table on the device: int64 [tensors], address and dtype, 0 without elements."""
-        words = tuple(
-            0 if g is None or g.numel() == 0 else g.data_ptr() | _TAGS[g.dtype] for g in gradients
-        )
-        if self.device.type != "cuda":
-            self._table.copy_(torch.tensor(words, dtype=torch.int64))
-        elif torch.cuda.is_current_stream_capturing():
-            return self._capture(words)
-        elif words != self._words:
-            self._refill()
-            # torch's allocator of pinned memory keeps the block until the copy is made.
-            staged = torch.tensor(words, dtype=torch.int64, pin_memory=True)
-            self._table.copy_(staged, non_blocking=True)
-            self._words = words
-        return self._table
-
-    def _capture(self, words: tuple[int, ...]) -> Tensor:
-        if words not in self._captured:
-            if not self._spares:
-                raise RuntimeError(
-                    f"{self.SPARES} steps with different gradients were captured in CUDA graphs "
-                    "without an eager one between: take an eager step first"
-                )
-            pinned, table = self._spares.pop()
-            pinned.copy_(torch.tensor(words, dtype=torch.int64))
-            self._captured[words] = pinned, table
-        pinned, table = self._captured[words]
-        table.copy_(pinned, non_blocking=True)
-        return table
-
-
 class Launcher:
     """Launches the kernel with the parameters that stay the same for one plan.
 
@@ -177,7 +122,7 @@ class Launcher:
             )
         try:
             self._launch[dtypes] = self._bind(dtypes)
-        except RuntimeError:
+        except (AssertionError, RuntimeError):
             if not self.cooperative:
                 raise
             self.cooperative = False  # refused: two launches have equal bits
@@ -187,7 +132,7 @@ class Launcher:
         arguments = (*self.parameters, self._table, 0, 0, *self.sizes, 0, 0, dtypes, False)
         options = compiler_options(dtypes, self.cooperative, bool(torch.version.hip))
         kernel = step.step_kernel.warmup(*arguments, grid=(1,), **options)
-        kernel[(1,)](*arguments)  # loads it; phases 0 do nothing
+        kernel[(1, 1, 1)](*arguments)  # loads it; phases 0 do nothing
         registers = -(-kernel.n_regs // _GRANULE) * _GRANULE * _WARP
         resident = min(_REGISTERS // registers, _MAX_PROGRAMS)
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -207,9 +152,12 @@ class Launcher:
     ) -> None:
         launch = self._launch[dtypes]
         addresses = table if INTERPRETED else table.data_ptr()
-        phases = (3,) if self.cooperative else (1, 2) if self.two_phases else (1,)
-        for phase in phases:
+        if self.cooperative:
+            launches: tuple[int, ...] = (_MEASURE | _MULTIPLY,)
+        else:
+            launches = (_MEASURE, _MULTIPLY) if self.two_phases else (_MEASURE,)
+        for phases in launches:
             launch(
-                *self._first, addresses, grad_scale, found_inf, *self.sizes, int(unscale), phase,
+                *self._first, addresses, grad_scale, found_inf, *self.sizes, int(unscale), phases,
                 dtypes, INTERPRETED,
             )  # fmt: skip

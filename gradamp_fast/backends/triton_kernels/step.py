@@ -36,7 +36,7 @@ from .layers import (
 )
 from .tile import TILE, fold_buckets, measure_elements, multiply_elements
 
-MEASURE, MULTIPLY, BOTH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # phases
+MEASURE, MULTIPLY = tl.constexpr(1), tl.constexpr(2)  # phases
 GROUP = tl.constexpr(256)  # tiles of one layer whose sums are added before the layer's are
 
 # Columns of the tables, and places among the tickets.
@@ -203,16 +203,24 @@ def _skip(values):
     tl.store(values + SKIPPED, tl.load(values + SKIPPED) + 1.0)
 
 
-@triton.jit
+# Numbers whose values change nothing in what is compiled.
+_NUMBERS = (
+    *("grad_scale", "found_inf", "measured", "layers", "buckets", "measured_tiles", "tiles"),
+    *("unscale", "phases"),
+)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def step_kernel(
     values, sketch, parity, config,
     tensors, tile_tensor, layer_tiles,
     tile_rows, group_rows, layer_rows, scores, verdict, tickets,
-    addresses, grad_scale, found_inf,
-    measured, layers, buckets, measured_tiles, tiles, unscale, phases,
+    addresses, grad_scale: tl.int64, found_inf: tl.int64,
+    measured: tl.int32, layers: tl.int32, buckets: tl.int64,
+    measured_tiles: tl.int32, tiles: tl.int32, unscale: tl.int32, phases: tl.int32,
     DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
 ):  # fmt: skip
-    """``phases`` is MEASURE, MULTIPLY or, if all programs run at the same time, BOTH.
+    """``phases`` has the bits MEASURE and MULTIPLY; both only if all programs run at one time.
 
     ``grad_scale`` and ``found_inf`` are addresses of floats or 0. ``DTYPES`` has a bit for each
     dtype that is there.
@@ -224,10 +232,10 @@ def step_kernel(
     write_now = (tl.load(config + EXACT) == 0) & (not norm)
     generation = tl.load(tickets + GENERATION, cache_modifier=".cg")
     halted = program < 0
-    if (phases != MULTIPLY) & (found_inf != 0):
+    if ((phases & MEASURE) != 0) & (found_inf != 0):
         halted = tl.load(found_inf.to(tl.pointer_type(tl.float32))) != 0
 
-    if phases != MULTIPLY:
+    if phases & MEASURE:
         if halted:
             if program == 0:
                 _skip(values)
@@ -261,8 +269,8 @@ def step_kernel(
                 tl.debug_barrier()
                 tl.atomic_add(tickets + GENERATION, 1, sem="release", scope="gpu")
 
-    if phases != MEASURE:
-        if (phases == BOTH) & (not halted):
+    if phases & MULTIPLY:
+        if ((phases & MEASURE) != 0) & (not halted):
             now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
             while now == generation:
                 now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")

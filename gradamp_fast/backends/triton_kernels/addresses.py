@@ -1,0 +1,164 @@
+"""Addresses of the gradients: read in Python, kept on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ...gradients import DTYPES, GradientReader, Outcome
+from ...plan import Plan
+from . import step
+
+# The kernel's codes for dtypes are their places in DTYPES.
+DTYPE_BITS = {dtype: 1 << code for code, dtype in enumerate(DTYPES)}
+_TAGS = {dtype: code << step.DTYPE_SHIFT.value for code, dtype in enumerate(DTYPES)}
+
+
+class _Known(NamedTuple):
+    """A gradient that the reader accepted as it was."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    tag: int
+
+
+class GradientAddresses:
+    """Reads a plan's gradients as words for the kernel: address and dtype, 0 without elements.
+
+    The reader looks at every gradient closely. One that is as it was then, but for its address,
+    is not looked at again: that takes far longer than the launch.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.reader = GradientReader(plan, device)
+        self.device = device
+        self.words: list[int] = []
+        self.gradients: list[Tensor] = []  # that were read last, until they are taken
+        self.dtypes = 0  # a bit for each that was ever there
+        self._parameters = [slot.parameter for slot in plan.slots]
+        self._empty = [slot.numel == 0 for slot in plan.slots]
+        self._watched: tuple[Parameter, ...] = plan.watched
+        self._only: bytes | None = None
+        self._known: list[_Known | None] | None = None  # of each parameter; None: no gradient
+        self.expect(self._parameters)
+
+    def expect(self, tensors: list[Parameter] | list[Tensor]) -> None:
+        """Adds to ``dtypes``."""
+        for dtype in {tensor.dtype for tensor in tensors}:
+            self.dtypes |= DTYPE_BITS.get(dtype.to_real() if dtype.is_complex else dtype, 0)
+
+    def read(self, only: bytes | None, walked: bool) -> Outcome:
+        """Fills ``words`` and ``gradients``; raises what the reader raises."""
+        if self._as_before(only):
+            return Outcome.DONE
+        self._known = None
+        flat = self.reader.read(only, walked)
+        if isinstance(flat, Outcome):
+            return flat
+        self.words = [
+            0 if g is None or g.numel() == 0 else g.data_ptr() | _TAGS[g.dtype] for g in flat
+        ]
+        self.gradients = [g for g in flat if g is not None]
+        self.expect(self.gradients)
+        self._learn(only, flat)
+        return Outcome.DONE
+
+    def _learn(self, only: bytes | None, flat: list[Tensor | None]) -> None:
+        known: list[_Known | None] = []
+        for parameter, view in zip(self._parameters, flat, strict=True):
+            gradient = parameter.grad
+            if view is None or gradient is None:
+                known.append(None)
+            elif view.data_ptr() == gradient.data_ptr():
+                tag = _TAGS[view.dtype]
+                known.append(_Known(gradient.dtype, gradient.shape, gradient.stride(), tag))
+            else:  # a copy: it is the reader that writes it back
+                return
+        self._only, self._known = only, known
+
+    def _as_before(self, only: bytes | None) -> bool:
+        if self._known is None or only != self._only:
+            return False
+        if any(parameter.requires_grad for parameter in self._watched):
+            return False
+        words: list[int] = []
+        gradients: list[Tensor] = []
+        for index, (parameter, known) in enumerate(zip(self._parameters, self._known, strict=True)):
+            gradient = parameter.grad
+            if known is None:
+                if gradient is not None and (only is None or only[index]):
+                    return False
+                words.append(0)
+            elif (
+                gradient is None
+                or not parameter.requires_grad
+                or type(gradient) is not Tensor
+                or gradient.dtype is not known.dtype
+                or gradient.shape != known.shape
+                or gradient.layout is not torch.strided
+                or gradient.stride() != known.stride
+                or gradient.device != self.device
+                or gradient.is_neg()
+                or gradient.is_conj()
+            ):
+                return False
+            else:
+                gradients.append(gradient)
+                words.append(0 if self._empty[index] else gradient.data_ptr() | known.tag)
+        self.words, self.gradients = words, gradients
+        return True
+
+
+class AddressTable:
+    """A table of words on the device, uploaded when one has changed.
+
+    A step that is captured in a CUDA graph gets a table of its own, copied from pinned memory
+    that nothing writes again: the graph copies it at every replay.
+    """
+
+    SPARES = 8  # steps with different addresses that may be captured without an eager one between
+
+    def __init__(self, tensors: int, device: torch.device) -> None:
+        self.device = device
+        self._words: list[int] = []
+        self._table = torch.zeros(tensors, dtype=torch.int64, device=device)
+        self._captured: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._spares: list[tuple[Tensor, Tensor]] = []
+        self._refill()
+
+    def _refill(self) -> None:
+        while self.device.type == "cuda" and len(self._spares) < self.SPARES:
+            pinned = torch.zeros(self._table.numel(), dtype=torch.int64, pin_memory=True)
+            self._spares.append((pinned, torch.zeros_like(self._table)))
+
+    def upload(self, words: list[int]) -> Tensor:
+        """The words on the device: int64 [tensors]."""
+        if self.device.type != "cuda":
+            self._table.copy_(torch.tensor(words, dtype=torch.int64))
+        elif torch.cuda.is_current_stream_capturing():
+            return self._capture(tuple(words))
+        elif words != self._words:
+            self._refill()
+            # torch's allocator of pinned memory keeps the block until the copy is made.
+            staged = torch.tensor(words, dtype=torch.int64, pin_memory=True)
+            self._table.copy_(staged, non_blocking=True)
+            self._words = words
+        return self._table
+
+    def _capture(self, words: tuple[int, ...]) -> Tensor:
+        if words not in self._captured:
+            if not self._spares:
+                raise RuntimeError(
+                    f"{self.SPARES} steps with different gradients were captured in CUDA graphs "
+                    "without an eager one between: take an eager step first"
+                )
+            pinned, table = self._spares.pop()
+            pinned.copy_(torch.tensor(words, dtype=torch.int64))
+            self._captured[words] = pinned, table
+        pinned, table = self._captured[words]
+        table.copy_(pinned, non_blocking=True)
+        return table
