@@ -20,9 +20,11 @@ __device__ inline int warp_index() {
   return thread / 32;
 }
 
-template <class T>
-__device__ inline T butterfly_sum(T x, int width = 32) {
-  for (int mask = width / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+// Over groups of 2 kTop lanes; every lane gets its group's sum.
+template <int kTop = 16, class T>
+__device__ inline T butterfly_sum(T x) {
+#pragma unroll
+  for (int mask = kTop; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
   return x;
 }
 

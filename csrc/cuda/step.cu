@@ -34,7 +34,9 @@ __device__ inline auto with_element(DType dtype, Visitor&& visit) {
 struct Job {
   TileData tile;  // data null: no gradient
   DType dtype;
+  int number;     // of the tile
   int tensor;
+  int64_t first;  // the tile's first element in the tensor
   int layer;  // num_layers: excluded
   int buckets;
   RunningMeans means;  // null: excluded
@@ -42,19 +44,20 @@ struct Job {
 
 template <int kCapacity>
 __device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>& table, int tile) {
-  Job job;
+  Job job = {};
+  job.number = tile;
   job.tensor = a.tables.tile_tensor[tile];
   const TensorInfo& info = a.tables.tensors[job.tensor];
   const uint64_t tagged = table.tagged[job.tensor - a.tensor_begin];
   job.dtype = static_cast<DType>(tagged >> kDTypeShift);
   job.layer = info.layer < 0 ? a.num_layers : info.layer;
-  const int64_t first = (tile - info.first_tile) * kTileElements;
-  const int64_t left = info.numel - first;
+  job.first = (tile - info.first_tile) * kTileElements;
+  const int64_t left = info.numel - job.first;
   const int bytes = job.dtype == DType::kFloat64 ? 8 : job.dtype == DType::kFloat32 ? 4 : 2;
   const uint64_t address = tagged & ((uint64_t{1} << kDTypeShift) - 1);
-  job.tile.data = address ? reinterpret_cast<char*>(address) + first * bytes : nullptr;
+  job.tile.data = address ? reinterpret_cast<char*>(address) + job.first * bytes : nullptr;
   job.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
-  job.tile.first_word = static_cast<uint32_t>(first >> 5);
+  job.tile.first_word = static_cast<uint32_t>(job.first >> 5);
   return job;
 }
 
@@ -66,15 +69,13 @@ __device__ inline double inverse_scale(const StepArgs& a) {
   return a.grad_scale ? 1.0 / static_cast<double>(*a.grad_scale) : 1.0;
 }
 
-// Where the tile's buckets are kept; none for excluded tensors.
+// Where the running means of the tile's buckets are; none for excluded tensors.
 __device__ inline void find_buckets(const StepArgs& a, Job& job) {
-  job.means = {nullptr, nullptr, inverse_scale(a), 0.0};
-  job.tile.run_log2 = 0;
+  job.means.inverse = inverse_scale(a);
   if (job.layer == a.num_layers) return;
   const TensorInfo& info = a.tables.tensors[job.tensor];
-  const int64_t first = static_cast<int64_t>(job.tile.first_word) << 5 >> info.bucket_log2;
-  float* row = a.state.sketch + info.first_bucket + first;
   const int32_t parity = a.state.parity[job.tensor];
+  float* const row = a.state.sketch + info.first_bucket + (job.first >> info.bucket_log2);
   job.means.before = row + parity * a.state.buckets;
   job.means.after = row + (1 - parity) * a.state.buckets;
   job.means.weight = next_weight(a.state.layers[job.layer], a.config.decay);
@@ -97,60 +98,67 @@ struct WarpMemory {
   Job job;
 };
 
-// A tile's sums from those of the lanes. What it needs to know of the tile it takes from
-// `memory`, for registers would have to hold it while elements are added up.
-__device__ inline void finish_tile(const StepArgs& a, int tile, const Moments& lane,
-                                   const WarpMemory& memory) {
+__device__ inline WarpMemory& warp_memory() {
+  __shared__ WarpMemory memory[kWarps];
+  return memory[warp_index()];
+}
+
+// A tile's sums from those of the lanes.
+__device__ inline void finish_tile(const StepArgs& a, const Moments& lane) {
   WarpGroup warp;
   TileSums sums = {merge_all(lane, warp), SketchSums{}};
   __syncwarp();
+  const WarpMemory& memory = warp_memory();
   const Job& job = memory.job;
   sums.moments.mean *= job.means.inverse;
   sums.moments.m2 *= job.means.inverse * job.means.inverse;
   if (job.means.before)
     sums.sketch = job.tile.run_log2 == 0
                       ? memory.sketch
-                      : add_all(fold_buckets(job.buckets, memory.buckets, job.means), warp);
-  publish(a, tile, job.layer, sums);
+                      : add_all(fold_buckets(job.tile.run_log2, job.buckets, memory.buckets,
+                                             job.means),
+                                warp);
+  publish(a, job.number, job.layer, sums);
 }
 
 // Measures a tile and multiplies it where that is known already.
 template <int kCapacity>
 __device__ inline void measure_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                    int tile, double factor, int kept_tiles, WarpMemory& memory) {
-  Job job = find_tile(a, table, tile);
-  if (!job.tile.data) return publish(a, tile, job.layer, TileSums{});
-  find_buckets(a, job);
-  const double multiplier = standing_multiplier(a, job, factor);
+                                    int tile, double factor, int kept_tiles) {
   WarpGroup warp;
+  Job job = find_tile(a, table, tile);
+  if (job.tile.data) find_buckets(a, job);
   __syncwarp();
-  if (warp.rank() == 0) memory.job = job;
+  if (warp.rank() == 0) warp_memory().job = job;
   __syncwarp();
+  if (!job.tile.data) return publish(a, tile, job.layer, TileSums{});
+  const double multiplier = standing_multiplier(a, job, factor);
   const Moments lane = with_element(job.dtype, [&](auto element) {
     using E = decltype(element);
     if (job.means.before && job.tile.run_log2 == 0) {
       const SketchSums sums = add_all(fold_elements<E>(job.tile, job.means), warp);
-      if (warp.rank() == 0) memory.sketch = sums;
+      if (warp.rank() == 0) warp_memory().sketch = sums;
     }
-    return measure_elements<E>(job.tile, multiplier, sizeof(typename E::Wide) == 4 && warp_index() < kept_tiles,
-                               memory.buckets);
+    const bool keep = sizeof(typename E::Wide) == 4 && warp_index() < kept_tiles;
+    WarpMemory& memory = warp_memory();
+    return measure_elements<E>(
+        memory.job.tile, {static_cast<typename E::Wide>(multiplier), keep, memory.buckets});
   });
-  finish_tile(a, tile, lane, memory);
+  finish_tile(a, lane);
 }
 
 template <int kCapacity>
 __device__ inline void measure_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
                                      int kept_tiles) {
-  __shared__ WarpMemory memory[kWarps];
   __shared__ double factor;
   if (threadIdx.x == 0) factor = active_factor(a.config, *a.state.global);
   __syncthreads();
-  const int warps = gridDim.x * kWarps;
+  int tile = a.tile_begin + blockIdx.x * kWarps + warp_index();
 #pragma unroll 1
-  for (int tile = a.tile_begin + blockIdx.x * kWarps + warp_index(); tile < a.tile_end;
-       tile += warps) {
-    const bool last = tile + warps >= a.tile_end;
-    measure_tile(a, table, tile, factor, last ? kept_tiles : 0, memory[warp_index()]);
+  while (tile < a.tile_end) {
+    const bool last = tile + static_cast<int>(gridDim.x) * kWarps >= a.tile_end;
+    measure_tile(a, table, tile, factor, last ? kept_tiles : 0);
+    tile = warp_memory().job.number + static_cast<int>(gridDim.x) * kWarps;
   }
 }
 
