@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from cases import bare
-from gradamp_fast.options import Options
 from torch import nn
 
 from gradamp_fast import Amplifier, Schedule
+from gradamp_fast.options import Options
 
 DEFAULTS = {
     "factor": 2.0,
