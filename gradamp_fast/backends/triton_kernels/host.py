@@ -113,7 +113,10 @@ class Launcher:
         if dtypes in self._launch:
             return
         if INTERPRETED:
-            self._launch[dtypes] = step.step_kernel[(min(self._tiles, 3),)]
+            import numpy  # computes there, and warns where a GPU gives NaN or infinity
+
+            launch = step.step_kernel[(min(self._tiles, 3),)]
+            self._launch[dtypes] = numpy.errstate(all="ignore")(launch)
             return
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
