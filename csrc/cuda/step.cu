@@ -18,7 +18,12 @@ struct AddressTable {
   uint64_t tagged[kCapacity];
 };
 
-constexpr int kMinBlocks = 3;  // of 256 threads on a processor: at most 80 registers each
+// Blocks of a processor at once: at most 80 registers a thread. Turing's shuffles need more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMinBlocks = 2;
+#else
+constexpr int kMinBlocks = 3;
+#endif
 
 template <class Visitor>
 __device__ inline auto with_element(DType dtype, Visitor&& visit) {

@@ -27,6 +27,13 @@ constexpr int kStepElements = kStepRows<E> * kRowElements<E>;
 constexpr int kKeptVectors = kTileElements * 4 / 16;  // a kept tile: 16 KB
 constexpr int kMaxBuckets = kTileElements / 16;  // of a tile whose buckets are longer than one
 
+// The compiler does not see where an address out of shared memory points to.
+template <class T>
+__device__ inline T* in_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 struct TileData {
   char* data;           // the tile's first element
   int count;            // 1 ... kTileElements
@@ -260,7 +267,6 @@ __device__ inline int measure_steps(const TileData& tile, const Pass<E>& pass, C
 #pragma unroll
     for (int j = 0; j < kStepRows<E>; ++j) {
       const uint4 raw = complete<kAligned>(ahead[j], p, j);
-      if (begin + 2 * kStep <= count) ahead[j] = load_word(p, kStepRows<E> + j);
       const uint32_t signs =
           __shfl_sync(kAllLanes, own_signs, j, kSharing) >> (row * E::kPerVector);
       VectorSums<E> v = add_up<E, true>(raw, sums.shift, signs, E::kPerVector);
@@ -274,6 +280,7 @@ __device__ inline int measure_steps(const TileData& tile, const Pass<E>& pass, C
         }
       }
       sums.d += v.d, sums.d2 += v.d2;
+      if (begin + 2 * kStep <= count) ahead[j] = load_word(p, kStepRows<E> + j);
     }
     if (run_log2) store_buckets<E, kStepRows<E>>(part, begin, run_log2, pass.buckets);
     if (pass.factor == 1 && squares_out_of_range<E>(sums.d2)) {
@@ -298,7 +305,7 @@ __device__ inline void measure_rows(const TileData& tile, const Pass<E>& pass, i
   for (; begin < tile.count; begin += kRowElements<E>) {
     const int element = begin + lane_index() * E::kPerVector;
     const int valid = valid_elements<E>(tile.count - begin);
-    char* const p = tile.data + element * kElementBytes<E>;
+    char* const p = in_global(tile.data) + element * kElementBytes<E>;
     const uint4 raw = load_part<E>(p, valid);
     if (begin == 0) sums.shift = first_element<E>(raw);
     const uint32_t signs = sign_word(tile.first_word + element / 32) >> (element % 32);
@@ -322,7 +329,7 @@ __device__ inline Moments measure_elements(const TileData& tile, const Pass<E>& 
   LaneSums<E> sums = {};
   int begin = 0;
   if (tile.count >= kStepElements<E>) {
-    const Cursor p(tile.data + lane_index() * 16);
+    const Cursor p(in_global(tile.data) + lane_index() * 16);
     begin = p.offset == 0 ? measure_steps<E, true>(tile, pass, p, sums)
                           : measure_steps<E, false>(tile, pass, p, sums);
   }
@@ -357,14 +364,14 @@ __device__ inline int multiply_steps(const TileData& tile, typename E::Wide fact
 template <class E>
 __device__ inline void multiply_elements(const TileData& tile, double multiplier, bool kept) {
   const auto factor = static_cast<typename E::Wide>(multiplier);
-  const Cursor p(tile.data + lane_index() * 16);
+  const Cursor p(in_global(tile.data) + lane_index() * 16);
   int begin = p.offset == 0 ? multiply_steps<E, true>(tile, factor, kept, p)
                             : multiply_steps<E, false>(tile, factor, kept, p);
 #pragma unroll 1
   for (; begin < tile.count; begin += kRowElements<E>) {
     const int element = begin + lane_index() * E::kPerVector;
     const int valid = valid_elements<E>(tile.count - begin);
-    char* const at = tile.data + element * kElementBytes<E>;
+    char* const at = in_global(tile.data) + element * kElementBytes<E>;
     const uint4 raw = kept ? kept_vector(begin / kRowElements<E>) : load_part<E>(at, valid);
     store_part<E>(at, scaled<E>(raw, factor), 0, valid);
   }
@@ -380,8 +387,9 @@ struct RunningMeans {
 };
 
 __device__ inline void fold(const RunningMeans& means, int bucket, double s, SketchSums& sums) {
-  means.after[bucket] = update_bucket(static_cast<float>(s * means.inverse), means.before[bucket],
-                                      means.weight, sums);
+  const float before = in_global(means.before)[bucket];
+  in_global(means.after)[bucket] =
+      update_bucket(static_cast<float>(s * means.inverse), before, means.weight, sums);
 }
 
 // Buckets of one element each, in a tensor of one short tile, before it is multiplied.

@@ -13,6 +13,8 @@
 #define __shared__ static  // blocks run one after another
 #define __launch_bounds__(...)
 
+#define __builtin_assume(...)
+
 struct uint4 {
   uint32_t x, y, z, w;
 };
