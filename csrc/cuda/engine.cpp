@@ -267,9 +267,13 @@ std::unique_ptr<Engine> make_engine(Layout layout, const Config& config, const S
 }
 
 std::optional<std::string> unavailable(at::Device device) {
-  const c10::cuda::CUDAGuard guard(device);
-  Device hardware;
-  const cudaError_t error = inspect(hardware);
+  int devices = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaSuccess) {
+    const c10::cuda::CUDAGuard guard(device);
+    Device hardware;
+    error = inspect(hardware);
+  }
   if (error == cudaSuccess) return std::nullopt;
   cudaGetLastError();
   return message(error, "loading the kernels");
