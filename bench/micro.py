@@ -186,7 +186,7 @@ def tasks_of(subject: Subject, workload: Workload) -> Iterator[Task]:
     """One on a CPU; on a GPU one for each clock. Raises RuntimeError if it cannot be captured."""
     device = workload.device
     if device.type != "cuda":
-        yield Task(subject, subject, clocks.wall)
+        yield Task(subject, subject, clocks.Wall())
         return
     yield Task(subject, subject, clocks.EagerCuda(device))
     yield Task(subject, subject, clocks.QueuedCuda(device, "device"))
