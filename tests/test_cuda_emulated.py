@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,13 +41,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[EmulatedBackend]]:
+def emulated(library: Any, monkeypatch: pytest.MonkeyPatch) -> type[EmulatedBackend]:
     class Fresh(EmulatedBackend):
         pass
 
     Fresh.library = library
     monkeypatch.setitem(backends._BACKENDS, "torch", Fresh)
-    yield Fresh
+    return Fresh
 
 
 CASES = [(SETTINGS[i], dtype) for dtype in REALS for i in (0, 3)]
@@ -120,7 +118,8 @@ def test_alignment_changes_no_bit(emulated: Any, dtype: torch.dtype, options: di
             amplifier.step()
         gradients = [p.grad.clone() for p in model.parameters()]
         for (whole, start), gradient in zip(memory.values(), gradients, strict=True):
-            assert (whole[:start] == 7).all() and (whole[start + gradient.numel() :] == 7).all()
+            assert (whole[:start] == 7).all()
+            assert (whole[start + gradient.numel() :] == 7).all()
         assert any(row.selected for row in amplifier.report().layers)
         if reference is None:
             reference = gradients

@@ -70,6 +70,10 @@ __device__ inline void publish(const StepArgs& a, int tile, int layer, const Til
   const int count = left < kGroupTiles ? left : kGroupTiles;
   if (!warp_is_last(w.group_tickets + at.first_group + group, count)) return;
   const TileSums of_group = warp_total(w.tiles + first, count);
+  if (at.groups == 1) {
+    if (leader) w.layers[layer] = {of_group.moments, of_group.sketch};
+    return;
+  }
   if (leader) w.groups[at.first_group + group] = of_group;
 
   if (!warp_is_last(w.layer_tickets + layer, at.groups)) return;

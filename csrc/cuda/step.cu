@@ -47,6 +47,10 @@ struct Job {
   RunningMeans means;  // null: excluded
 };
 
+__device__ inline int element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 template <int kCapacity>
 __device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>& table, int tile) {
   Job job = {};
@@ -58,7 +62,7 @@ __device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>
   job.layer = info.layer < 0 ? a.num_layers : info.layer;
   job.first = (tile - info.first_tile) * kTileElements;
   const int64_t left = info.numel - job.first;
-  const int bytes = job.dtype == DType::kFloat64 ? 8 : job.dtype == DType::kFloat32 ? 4 : 2;
+  const int bytes = element_bytes(job.dtype);
   const uint64_t address = tagged & ((uint64_t{1} << kDTypeShift) - 1);
   job.tile.data = address ? reinterpret_cast<char*>(address) + job.first * bytes : nullptr;
   job.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
@@ -79,13 +83,14 @@ __device__ inline void find_buckets(const StepArgs& a, Job& job) {
   job.means.inverse = inverse_scale(a);
   if (job.layer == a.num_layers) return;
   const TensorInfo& info = a.tables.tensors[job.tensor];
+  job.tile.run_log2 = info.bucket_log2;
+  job.buckets = (job.tile.count + (1 << info.bucket_log2) - 1) >> info.bucket_log2;
   const int32_t parity = a.state.parity[job.tensor];
   float* const row = a.state.sketch + info.first_bucket + (job.first >> info.bucket_log2);
   job.means.before = row + parity * a.state.buckets;
   job.means.after = row + (1 - parity) * a.state.buckets;
+  if (lane_index() * 32 < job.buckets) prefetch(job.means.before + lane_index() * 32);
   job.means.weight = next_weight(a.state.layers[job.layer], a.config.decay);
-  job.tile.run_log2 = info.bucket_log2;
-  job.buckets = (job.tile.count + (1 << info.bucket_log2) - 1) >> info.bucket_log2;
 }
 
 // What the first phase multiplies a tensor by: what is known before this step's sums.
@@ -132,7 +137,11 @@ __device__ inline void measure_tile(const StepArgs& a, const AddressTable<kCapac
                                     int tile, double factor, int kept_tiles) {
   WarpGroup warp;
   Job job = find_tile(a, table, tile);
-  if (job.tile.data) find_buckets(a, job);
+  if (job.tile.data) {
+    const int ahead = lane_index() * 128;  // what is loaded first
+    if (ahead < job.tile.count * element_bytes(job.dtype)) prefetch(job.tile.data + ahead);
+    find_buckets(a, job);
+  }
   __syncwarp();
   if (warp.rank() == 0) warp_memory().job = job;
   __syncwarp();

@@ -29,6 +29,7 @@ REPLACED = (
     (r'asm volatile\("mov.u32 %0, %%tid.x;"[^;]*;', "thread = threadIdx.x;"),
     (r'asm volatile\("atom.acq_rel.gpu.global.inc.u32[^;]*;"[^;]*;',
      "old = emulator::increment(ticket, count - 1);"),
+    (r'asm volatile\("prefetch.L2 [^;]*;"[^;]*;', "static_cast<void>(p);"),
     (r"extern __shared__ uint4 kept_tiles\[\];",
      "static uint4 kept_tiles[kWarps * kKeptVectors];"),
 )  # fmt: skip
