@@ -40,8 +40,8 @@ def write(path: Path, all_results: Sequence[Results]) -> None:
 
     def replaced(found: re.Match[str]) -> str:
         make = PARTS[found[2]]
-        texts = [text for results in all_results if (text := "\n".join(make(results)))]
-        return f"{found[1]}\n{chr(10).join(texts) if texts else NOTHING}\n\n{found[3]}"
+        texts = [text for results in all_results if (text := "\n".join(make(results)).strip())]
+        return f"{found[1]}\n{(chr(10) * 2).join(texts) if texts else NOTHING}\n\n{found[3]}"
 
     path.write_text(_PART.sub(replaced, path.read_text()))
 
