@@ -109,7 +109,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     extent.add_argument("--full", action="store_true", help="everything; the default")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default, help=f"cpu or cuda; default here: {default}")
-    add("--out", type=Path, help="where results go; default: bench/results, out/bench for --quick")
+    add(
+        "--out",
+        type=Path,
+        help="where results go; default: bench/results, or out/bench if it is not everything",
+    )
     add(
         "--compare", type=Path, metavar="OLD.json", help="compare with stored results; runs nothing"
     )
@@ -117,7 +121,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if unknown := [part for part in given.parts if part not in (*PARTS, HEADLINE)]:
         parser.error(f"no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
-    given.out = given.out or (Path("out/bench") if given.quick else STORED)
+    everything = not given.quick and not given.parts
+    given.out = given.out or (STORED if everything else Path("out/bench"))
     return given
 
 

@@ -131,11 +131,18 @@ class Loop(Baseline):
 
 
 class Foreach(Baseline):
-    """The fewest foreach calls: norms and multiplication."""
+    """The fewest foreach calls: norms and multiplication.
+
+    On a CPU torch adds the squares of 50 M elements with an error of half a percent.
+    """
 
     name = "foreach"
     leaves_out = "mean, and so variance; sketch, fluctuation and direction, decision"
     statistic = "norm"
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload)
+        self.tolerance = 2e-2
 
     def step(self) -> None:
         norms = torch.stack(torch._foreach_norm(self.gradients))
@@ -255,7 +262,7 @@ class ClipGradNorm(Subject):
     name = "clip_grad_norm_"
     leaves_out = "everything but a global norm: a yardstick of similar work; its coefficient is 1"
     amplifies = False
-    of_norm = 1e-3
+    of_norm = 2e-2
 
     def __init__(self, workload: Workload) -> None:
         self.parameters = parameters_of(workload)

@@ -98,12 +98,18 @@ class Workload:
         self.layers = choose_layers(self.shapes, self.fraction)
         self.selected = [layer_of(name) in self.layers for name in self.shapes]
         self.sets = [self._buffers() for _ in range(self.copies)]
-        first = self.sets[0].flat
+        self.fill()
+        self.pristine = self.sets[0].flat.clone() if self.keep else None
+
+    def fill(self) -> None:
+        """Gives every set its values: normal ones, the same in all sets and every time."""
+        first = self.sets[0]
         generator = torch.Generator(self.device).manual_seed(0)
-        first.normal_(0.0, 0.01, generator=generator)
-        for other in self.sets[1:]:
-            other.flat.copy_(first)
-        self.pristine = first.clone() if self.keep else None
+        first.flat.normal_(0.0, 0.01, generator=generator)
+        for buffers in self.sets:
+            if buffers is not first:
+                buffers.flat.copy_(first.flat)
+            buffers.amplified = False
 
     def _buffers(self) -> Buffers:
         flat = torch.empty(sum(self._room()), dtype=self.dtype, device=self.device)
