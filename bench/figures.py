@@ -22,7 +22,7 @@ from bench.shapes import TITLES
 
 COLOURS = {"cuda": "#0072b2", "triton": "#d55e00", "cpu": "#0072b2"}  # told apart by everyone
 BASELINE_COLOURS = ("#999999", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442")
-MARKERS = {"fp32": "o", "bf16": "s"}
+DTYPES = ("fp32", "bf16")
 CLOCKS = {
     "wall": "from an idle device until done",
     "graph": "replayed as a CUDA graph",
@@ -50,53 +50,44 @@ def _figure(width: float, height: float, caption: str) -> Figure:
 
 
 def _bandwidth(results: Results) -> Figure | None:
-    """GB/s over the gradients' size; the roof is a copy measured in the same run."""
+    """GB/s by model, smallest first; the roof over each bar is a copy measured in the same run."""
     cases = [c for c in headlines(results, main_clock(results)) if "copy" in c.others]
     if not cases:
         return None
-    figure = _figure(8.0, 4.6, f"lagged, a quarter amplified, cold. {machine_line(results)}")
+    rows = list(dict.fromkeys(c.row.model for c in sorted(cases, key=lambda c: c.row.elements)))
+    kinds = list(dict.fromkeys((c.row.subject, c.row.dtype) for c in cases))
+    height = 0.8 / len(kinds)
+    caption = f"lagged, a quarter amplified, cold. {machine_line(results)}"
+    figure = _figure(8.0, 1.4 + 0.28 * len(kinds) * len(rows), caption)
     axes = figure.add_subplot()
-    for dtype, marker in MARKERS.items():
-        mine = sorted((c for c in cases if c.row.dtype == dtype), key=lambda c: c.row.elements)
-        if not mine:
-            continue
-        size = [c.row.elements * (4 if dtype == "fp32" else 2) / 1e6 for c in mine]
-        roof = [bandwidth(c.others["copy"]) for c in mine]
-        style = "-" if dtype == "fp32" else "--"
-        axes.plot(size, roof, "x" + style, color="0.55", markersize=4, label=f"a copy, {dtype}")
-        for backend in dict.fromkeys(c.row.subject for c in mine):
-            points = [(s, c) for s, c in zip(size, mine, strict=True) if c.row.subject == backend]
-            axes.plot(
-                [s for s, _ in points],
-                [bandwidth(c.row) for _, c in points],
-                marker,
-                color=COLOURS[backend],
-                fillstyle="full" if dtype == "fp32" else "none",
-                label=f"{backend} backend, {dtype}",
-            )
-            for s, c in points:
-                axes.annotate(
-                    f"{TITLES[c.row.model]} {c.copy_share:.0%}",
-                    (s, bandwidth(c.row)),
-                    xytext=(4, -10 if dtype == "fp32" else 6),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
-    _plain_log(axes)
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.14)
-    axes.set_xlabel("gradients, MB")
-    axes.set_ylabel("bytes read and written, GB/s")
-    axes.set_title("Bandwidth of a step, and its share of a copy's")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    for number, (backend, dtype) in enumerate(kinds):
+        mine = [c for c in cases if (c.row.subject, c.row.dtype) == (backend, dtype)]
+        places = [rows.index(c.row.model) + number * height for c in mine]
+        roofs = [bandwidth(c.others["copy"]) for c in mine]
+        drawn = axes.barh(
+            places,
+            [bandwidth(c.row) for c in mine],
+            height,
+            color=COLOURS[backend],
+            alpha=1.0 if dtype == "fp32" else 0.5,
+            label=f"{backend} backend, {dtype}",
+        )
+        shares = [f"{c.copy_share:.0%} of a copy" for c in mine]
+        axes.bar_label(drawn, shares, label_type="center", fontsize=7, color="white")
+        half = height / 2
+        ends = ([y - half for y in places], [y + half for y in places])
+        axes.vlines(roofs, *ends, color="0.1", label=None if number else "a copy")
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [TITLES[r] for r in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("bytes read and written, GB/s")
+    figure.legend(loc="outside upper center", ncols=len(kinds) + 1, fontsize=8)
     return figure
 
 
 def _speedup(results: Results) -> Figure | None:
     """How many times faster than each baseline; 1 is as fast. Not the fp64 reference."""
     clocks = ["wall"] if results.machine["device"] == "cpu" else list(CLOCKS)
-    panels = [(clock, dtype) for clock in clocks for dtype in MARKERS]
+    panels = [(clock, dtype) for clock in clocks for dtype in DTYPES]
     cases = {panel: _best(results, *panel) for panel in panels}
     cases = {panel: found for panel, found in cases.items() if found}
     if not cases:
