@@ -76,7 +76,7 @@ def _bandwidth(results: Results) -> Figure | None:
         axes.bar_label(drawn, shares, label_type="center", fontsize=7, color="white")
         half = height / 2
         ends = ([y - half for y in places], [y + half for y in places])
-        axes.vlines(roofs, *ends, color="0.1", label=None if number else "a copy")
+        axes.vlines(roofs, *ends, color="0.1", label="_" if number else "a copy")
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [TITLES[r] for r in rows])
     axes.invert_yaxis()
     axes.set_xlabel("bytes read and written, GB/s")
