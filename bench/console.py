@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bench.train import Epoch
 
 
 @contextmanager
 def watch(
     label: str, steps: int, epochs: int
-) -> Iterator[tuple[Callable[[], None], Callable[[int, Epoch], None]]]:
+) -> Iterator[tuple[Callable[[], None], Callable[[int, Epoch, nn.Module], None]]]:
     """Shows one run of `steps` steps; yields `on_step` and `on_epoch` for `bench.train`."""
     console = Console()
     columns = (
@@ -32,7 +34,7 @@ def watch(
         def on_step() -> None:
             bar.advance(task)
 
-        def on_epoch(number: int, epoch: Epoch) -> None:
+        def on_epoch(number: int, epoch: Epoch, model: nn.Module) -> None:
             note = f"loss {epoch.train_loss:.3f}, accuracy {epoch.accuracy:.1%}"
             bar.update(task, note=note)
             if not console.is_terminal:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -42,6 +42,43 @@ class Data:
     @property
     def device(self) -> torch.device:
         return self.train_images.device
+
+    def hold_out(self, validation: int, train: int | None = None, seed: int = 0) -> Data:
+        """The same with `validation` training images in the test set's place.
+
+        `train` of the others are trained on, all of them if it is None. Either set holds equally
+        many images of each class (but for the remainder, and with `train=None`), drawn by `seed`
+        and shuffled. The test images themselves are not looked at. Raises `ValueError` if there
+        are not as many.
+        """
+        labels = self.train_labels.cpu()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(labels), generator=generator)
+        taken = self._share(labels[order], validation)
+        held, rest = order[taken], order[~taken]
+        kept = rest if train is None else rest[self._share(labels[rest], train)]
+        size = self.train_images.shape[1:3]
+        height, width = (slice(self.padding, side - self.padding) for side in size)
+        return replace(
+            self,
+            train_images=self.train_images[kept.to(self.device)],
+            train_labels=self.train_labels[kept.to(self.device)],
+            test_images=self.train_images[held.to(self.device)][:, height, width],
+            test_labels=self.train_labels[held.to(self.device)],
+        )
+
+    def _share(self, labels: torch.Tensor, count: int) -> torch.Tensor:
+        """A mask of the first images of every class, `count` in all."""
+        mask = torch.zeros(len(labels), dtype=torch.bool)
+        for number in range(self.classes):
+            quota = count // self.classes + (number < count % self.classes)
+            mask[(labels == number).nonzero()[:quota, 0]] = True
+        if mask.sum() < count:
+            raise ValueError(
+                f"{self.name}: {count} images of {self.classes} classes in equal shares cannot be "
+                f"held out or trained on; there are {len(labels)}, of some classes too few"
+            )
+        return mask
 
     def steps(self, batch: int) -> int:
         """Batches in one epoch; a last batch that is not full is left out, unless it is alone."""

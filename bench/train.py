@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, log
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -25,14 +25,16 @@ from bench.console import watch
 from bench.data import NAMES, Data, DataMissing, load
 
 EVALUATION_BATCH = 1000
+Fall = Literal["linear", "steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a run is, but for its data and its amplification.
 
-    SGD with Nesterov momentum; the learning rate rises linearly to `lr` over `warmup` of all steps
-    and falls linearly to 0 over the others. Weight decay is coupled and applies to every parameter.
+    SGD with Nesterov momentum; the learning rate rises linearly to `lr` over `warmup` of all steps.
+    It then falls linearly to 0, or (`fall="steps"`) to a tenth at half of all steps and at three
+    quarters. Weight decay is coupled and applies to every parameter.
     """
 
     arch: str = "resnet18"
@@ -41,6 +43,7 @@ class Recipe:
     batch: int = 128
     lr: float = 0.1
     warmup: float = 0.1  # a share of all steps
+    fall: Fall = "linear"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
@@ -50,11 +53,16 @@ class Recipe:
         for name in ("epochs", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.fall not in get_args(Fall):
+            raise ValueError(f"fall={self.fall!r}: must be one of {', '.join(get_args(Fall))}")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a 0-based step out of `steps`."""
         rising = (step + 1) / max(self.warmup * steps, 1.0)
-        falling = (steps - step) / max((1.0 - self.warmup) * steps, 1.0)
+        if self.fall == "steps":
+            falling = 0.1 ** sum(step >= share * steps for share in (0.5, 0.75))
+        else:
+            falling = (steps - step) / max((1.0 - self.warmup) * steps, 1.0)
         return self.lr * min(rising, falling, 1.0)
 
 
@@ -92,7 +100,7 @@ def train(
     recipe: Recipe,
     amplify: Mapping[str, Any] | None = None,
     on_step: Callable[[], object] = lambda: None,
-    on_epoch: Callable[[int, Epoch], object] = lambda number, epoch: None,
+    on_epoch: Callable[[int, Epoch, nn.Module], object] = lambda number, epoch, model: None,
 ) -> Result:
     """Trains one model on `data`, on the data's device.
 
@@ -110,6 +118,7 @@ def train(
         momentum=recipe.momentum,
         nesterov=recipe.momentum > 0,
         weight_decay=recipe.weight_decay,
+        fused=device.type == "cuda",
     )
     amplifier = None if amplify is None else gradamp_fast.Amplifier(model, **amplify)
     generator = torch.Generator(device).manual_seed(recipe.seed)
@@ -140,7 +149,7 @@ def train(
         epochs.append(evaluate(model, data, total / steps, recipe.bf16))
         if amplifier is not None:
             history.append(amplifier.report())
-        on_epoch(number, epochs[-1])
+        on_epoch(number, epochs[-1], model)
         if not isfinite(epochs[-1].train_loss):
             break
     last = epochs[-1].train_loss

@@ -76,6 +76,33 @@ def test_an_archive_sorted_by_class_is_shuffled(tmp_path: Path) -> None:
     assert torch.cat([labels for _, labels in batches]).bincount().tolist() == [20] * 10
 
 
+def test_images_are_held_out_by_class(fake: Data) -> None:
+    data = fake.hold_out(100, 200)
+    assert (data.train_images.shape, data.test_images.shape) == ((200, 40, 40, 3), (100, 32, 32, 3))
+    assert data.test_labels.bincount().tolist() == [10] * 10
+    assert data.train_labels.bincount().tolist() == [20] * 10
+    assert not data.test_labels[:10].eq(data.test_labels[0]).all()  # shuffled
+    inside = fake.train_images[:, 4:-4, 4:-4].flatten(1)
+    pairs = (
+        (data.train_images[:, 4:-4, 4:-4], data.train_labels),
+        (data.test_images, data.test_labels),
+    )
+    found = []
+    for images, labels in pairs:
+        same = (images.flatten(1)[:, None] == inside[None]).all(2)
+        assert same.sum(1).eq(1).all()
+        found.append(same.int().argmax(1))
+        assert torch.equal(fake.train_labels[found[-1]], labels)
+    assert not set(found[0].tolist()) & set(found[1].tolist())
+    again, other = fake.hold_out(100, 200), fake.hold_out(100, 200, seed=1)
+    assert torch.equal(again.test_images, data.test_images)
+    assert not torch.equal(other.test_images, data.test_images)
+    everything = fake.hold_out(100)
+    assert len(everything.train_labels) == 412
+    with pytest.raises(ValueError, match="held out"):
+        fake.hold_out(500, 100)
+
+
 def test_an_archive_of_another_make_is_refused(tmp_path: Path) -> None:
     numpy.savez(tmp_path / "cifar100.npz", x_train=numpy.zeros((2, 32, 32, 3)))
     with pytest.raises(ValueError, match="has no y_train, x_test, y_test"):
@@ -127,6 +154,14 @@ def test_the_rate_rises_and_falls() -> None:
     assert 0 < rates[-1] < 0.02
 
 
+def test_the_rate_falls_in_steps() -> None:
+    recipe = train.Recipe(lr=0.4, warmup=0.0, fall="steps")
+    rates = [recipe.rate(step, 40) for step in range(40)]
+    assert rates == pytest.approx([0.4] * 20 + [0.04] * 10 + [0.004] * 10)
+    with pytest.raises(ValueError, match="fall='cosine'"):
+        train.Recipe(fall="cosine")  # type: ignore[arg-type]
+
+
 def test_measuring_alone_changes_nothing(fake: Data) -> None:
     plain = train.train(fake, RECIPE)
     measured = train.train(fake, RECIPE, {"refresh": 1000, "backend": "torch"})
@@ -153,7 +188,7 @@ def test_amplified_training_reports_what_it_amplified(fake: Data) -> None:
 def test_a_diverged_run_ends_and_says_so(fake: Data) -> None:
     seen: list[int] = []
     recipe = train.Recipe(arch="cnn", epochs=50, batch=64, lr=1e8, warmup=0.0)
-    result = train.train(fake, recipe, on_epoch=lambda number, epoch: seen.append(number))
+    result = train.train(fake, recipe, on_epoch=lambda number, epoch, model: seen.append(number))
     assert result.diverged
     assert len(seen) == len(result.epochs) < 50
 

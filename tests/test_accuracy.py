@@ -1,0 +1,452 @@
+"""The accuracy experiment: its runs, its files, its choices and its statistics."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+import test_train  # noqa: F401  # skips where torchvision cannot be imported
+
+from bench.accuracy import __main__ as command
+from bench.accuracy import budget, report, stages
+from bench.accuracy.repeatability import judge, lag
+from bench.accuracy.runs import Row, Run, execute
+from bench.accuracy.stages import Experiment, Family, NotReady, Plain
+from bench.accuracy.statistics import holm, mean, spearman, welch
+from bench.accuracy.store import Store, read
+from bench.data import Data, load
+from bench.train import Recipe
+
+RECIPE = Recipe(arch="cnn", width=0.5, epochs=2, batch=32, lr=0.05)
+FAMILY = Family("fake", RECIPE, 128, 64)
+TINY = Experiment(
+    FAMILY,
+    FAMILY,
+    rates=(0.02, 0.05, 0.1),
+    repeat_seeds=range(2),
+    tune_seeds=range(2),
+    screen_seeds=range(1),
+    confirm_seeds=range(100, 102),
+    averagings={
+        "decay 0.5": {"decay": 0.5, "min_steps": 2, "refresh": 2},
+        "by epoch": {"decay": None, "min_steps": 2, "refresh": "epoch"},
+    },
+)
+ABOUT = {"device": "none", "torch": "0", "commit": "0", "date": "never"}
+
+
+@pytest.fixture(scope="module")
+def fake() -> Data:
+    return load("fake")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def row_of(run: Run, **changes: Any) -> Row:
+    """A made-up outcome."""
+    key, seed = run.key
+    cells: dict[str, Any] = {
+        "stage": "stage1", "arm": "an, arm", "key": key, "seed": seed, "validation": 0.5,
+        "test": None, "diverged": False, "train_loss": 1.0, "amplified": 0.0, "seconds": 1.0,
+        "config": run.config, "weights": "{}", "layer_scores": "", **ABOUT,
+    }  # fmt: skip
+    return Row(**{**cells, **changes})
+
+
+def work(stage: str, store: Store, data: Data, **more: Any) -> int:
+    said: list[str] = []
+    left = budget.work(
+        stage, TINY, store, lambda name: data, _without("date"), **more, say=said.append
+    )
+    assert said
+    return left
+
+
+def _without(name: str) -> dict[str, str]:
+    return {key: value for key, value in ABOUT.items() if key != name}
+
+
+# ---- statistics ---------------------------------------------------------------------
+
+
+def test_welch_by_hand() -> None:
+    # Means 3 and 7; variances 2.5 and 20/3; standard error sqrt(2.5/5 + 20/12) = 1.4720;
+    # (13/6)^2 / ((1/2)^2/4 + (5/3)^2/3) = 4.7482 degrees of freedom; their t is 2.6120.
+    found = welch([1, 2, 3, 4, 5], [4, 6, 8, 10])
+    assert found is not None
+    assert found.value == pytest.approx(-4.0)
+    assert found.high - found.value == pytest.approx(2.6120 * 1.47196, abs=2e-3)
+    assert found.value - found.low == pytest.approx(found.half_width)
+    assert found.n == 4
+    assert found.p is not None
+    assert 0.04 < found.p < 0.05  # t = 2.7175, just above
+    assert welch([1.0], [1.0, 2.0]) is None
+    assert welch([1.0, 1.0], [2.0, 2.0]) is None
+
+
+def test_a_mean_by_hand() -> None:
+    found = mean([1.0, 2.0, 3.0])
+    assert found is not None
+    assert (found.value, found.n) == (2.0, 3)
+    assert found.half_width == pytest.approx(4.3027 / 3**0.5, abs=1e-4)
+    assert mean([1.0]) is None
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.02, 0.9]) == pytest.approx([1.0, 0.06, 1.0])
+    assert holm([]) == []
+
+
+def test_spearman_by_hand() -> None:
+    # Ranks 1 2 3 4 5 and 2 1 4 3 5: 1 - 6 * (1+1+1+1) / (5 * 24) = 0.8.
+    assert spearman([1, 2, 3, 4, 5], [20, 10, 40, 30, 50]) == pytest.approx(0.8)
+    assert spearman([1, 2, 3, 4], [-1.0, -8.0, -9.0, float("nan")]) == pytest.approx(-1.0)
+    assert spearman([1, 2], [1, 2]) != spearman([1, 2], [1, 2])  # NaN
+    assert spearman([1, 1, 1], [1, 2, 3]) != spearman([1, 1, 1], [1, 2, 3])
+
+
+# ---- stage 0 ------------------------------------------------------------------------
+
+
+def scored(tables: list[list[float]], seed: int) -> Row:
+    table = {"steps": 100, "layers": ["a", "b", "c", "d"], "kernel": [True, True, True, False]}
+    scores = {**table, **dict.fromkeys(("fluctuation", "direction", "variance"), tables)}
+    return row_of(FAMILY.run(seed), layer_scores=json.dumps(scores))
+
+
+def test_repeatability_of_made_up_scores() -> None:
+    rising, swapped = [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0]  # rank correlation 0.8; 0.5
+    rows = [scored([rising, rising, swapped], 0), scored([rising, swapped, swapped], 1)]
+    found = judge(rows, "by epoch", None)[0]
+    assert found.lag == 1
+    assert found.windows == pytest.approx([0.9, 0.9])
+    assert found.seeds == pytest.approx([(1 + 0.8 + 1) / 3])
+    assert found.windows_inside == pytest.approx([0.75, 0.75])
+    assert found.lowest == pytest.approx(0.9)
+    assert found.repeats
+    assert not judge(rows[:1], "by epoch", None)[0].repeats  # seeds are not known
+    backwards = scored([rising, rising[::-1], rising], 2)
+    assert not judge([rows[0], backwards], "by epoch", None)[0].repeats
+
+
+def test_windows_of_a_moving_average_lie_apart() -> None:
+    assert lag(None, 10, 20) == 1
+    assert lag(0.99, 87, 16) == 3
+    assert 0.99 ** (87 * lag(0.99, 87, 16)) < 0.14
+    assert lag(0.99, 10, 16) == 8  # as far as the run allows
+
+
+# ---- files --------------------------------------------------------------------------
+
+
+def test_a_row_survives_the_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a.csv")
+    rows = [
+        row_of(FAMILY.run(0), weights='{"a":[1.0,2.0]}', diverged=True, train_loss=float("inf")),
+        row_of(FAMILY.run(1, test=True), test=0.25),
+    ]
+    for row in rows:
+        store.add(row)
+    assert read(tmp_path / "a.csv") == rows
+    assert store.rows() == {(row.key, row.seed): row for row in rows}
+    (tmp_path / "b.csv").write_text("other,columns\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        store.rows()
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10_000])
+def test_half_a_line_is_none(tmp_path: Path, cut: int) -> None:
+    """What a machine that went down left behind."""
+    path = tmp_path / "a.csv"
+    first, second = (row_of(FAMILY.run(seed)) for seed in (0, 1))
+    store = Store(path)
+    store.add(first)
+    store.add(second)
+    content = path.read_bytes()
+    header = content.index(b"\n") + 1
+    kept = 0 if cut > len(content) else len(content) - cut
+    path.write_bytes(content[:kept] if kept else content[: header // 2])
+    left = [first] if kept else []
+    assert list(store.rows().values()) == left
+    store.add(second)
+    assert list(store.rows().values()) == [*left, second]
+    assert path.read_bytes() == (
+        content if kept else content[:header] + content.splitlines(True)[2]
+    )
+
+
+def test_runs_differ_by_configuration_and_seed() -> None:
+    run = FAMILY.run(0, Plain(0.1, 5e-4), {"measure": "variance"})
+    assert run.key == FAMILY.run(0, Plain(0.1, 5e-4), {"measure": "variance", "factor": 2.0}).key
+    assert run.key == replace(run, amplify={"measure": "variance", "backend": "torch"}).key
+    others = [
+        FAMILY.run(1, Plain(0.1, 5e-4), {"measure": "variance"}),
+        FAMILY.run(0, Plain(0.1, 1e-3), {"measure": "variance"}),
+        FAMILY.run(0, Plain(0.1, 5e-4), {"measure": "direction"}),
+        FAMILY.run(0, Plain(0.1, 5e-4), {"measure": "variance"}, test=True),
+        FAMILY.run(0, Plain(0.1, 5e-4)),
+        replace(run, train=64),
+    ]
+    assert len({run.key, *(other.key for other in others)}) == 1 + len(others)
+    assert json.loads(run.config)["recipe"]["width"] == 0.5
+
+
+def _claim_and_wait(path: Path, claimed: Any) -> None:
+    assert Store(path).claim(FAMILY.run(0))
+    claimed.set()
+    signal.pause()
+
+
+def test_a_run_is_one_worker_s_until_that_ends(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    claimed = context.Event()
+    path = tmp_path / "a.csv"
+    other = context.Process(target=_claim_and_wait, args=(path, claimed))
+    other.start()
+    assert claimed.wait(60)
+    store = Store(path)
+    assert not store.claim(FAMILY.run(0))
+    assert store.claim(FAMILY.run(1))
+    assert other.pid is not None
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    assert store.claim(FAMILY.run(0))
+
+
+# ---- runs ---------------------------------------------------------------------------
+
+
+class Untouchable:
+    """Stands where the test images were."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError("the test set was touched")
+
+    __getitem__ = __len__ = __iter__ = __getattr__  # type: ignore[assignment]
+
+
+def without_test(data: Data) -> Data:
+    return replace(data, test_images=Untouchable(), test_labels=Untouchable())  # type: ignore[arg-type]
+
+
+def test_a_run_tells_what_it_did(fake: Data) -> None:
+    options = {"measure": "variance", "threshold": 1e9, "min_steps": 1, "refresh": 1}
+    about = {**ABOUT, "stage": "stage1", "arm": "all"}
+    row = execute(FAMILY.run(0, amplify=options, scores=True), without_test(fake), about)
+    assert row.amplified == pytest.approx(7 / 8)  # of eight steps all but the first
+    assert row.test is None
+    weights = json.loads(row.weights)
+    assert list(weights) == ["0", "1", "3", "4", "8"]
+    assert all(norm > 0 and 0 < moved < 1 for norm, moved in weights.values())
+    scores = json.loads(row.layer_scores)
+    assert scores["steps"] == 4
+    assert scores["kernel"] == [True, False, True, False, True]
+    assert len(scores["direction"]) == 2
+    assert all(-1 <= value <= 1 for value in scores["direction"][0])
+    with pytest.raises(AssertionError, match="touched"):
+        execute(FAMILY.run(0, test=True), without_test(fake), about)
+    assert 0 < (execute(FAMILY.run(0, test=True), fake, about).test or 0) < 1
+
+
+def test_everything_amplified_is_another_rate_and_decay(fake: Data) -> None:
+    """The control of stage 1, to the last bit: 2 is a power of two."""
+    rows = {
+        job.run.key: row_of(job.run, validation=0.5 + 0.1 * (job.run.recipe.lr == 0.05))
+        for job in stages.tune(FAMILY, TINY.rates, TINY.tune_seeds, {})
+    }
+    jobs = stages.stage1(TINY, rows)
+    amplified, equal = jobs[-2:]
+    assert amplified.run.amplify is not None
+    assert (equal.run.recipe.lr, equal.run.recipe.weight_decay) == (0.1, 2.5e-4)
+    about = {**ABOUT, "stage": "stage1", "arm": "all"}
+    a, b = (execute(job.run, without_test(fake), about) for job in (amplified, equal))
+    assert a.amplified == 1.0
+    assert (a.validation, a.train_loss, a.weights) == (b.validation, b.train_loss, b.weights)
+
+
+# ---- stages -------------------------------------------------------------------------
+
+
+def finish(stage: str, experiment: Experiment, rows: dict[Any, Row], **outcomes: Any) -> None:
+    """Made-up outcomes for all that a stage wants, in as many rounds as it takes."""
+    while missing := [
+        job for job in stages.STAGES[stage](experiment, rows) if job.run.key not in rows
+    ]:
+        for job in missing:
+            changes = {name: make(job.run) for name, make in outcomes.items()}
+            rows[job.run.key] = row_of(job.run, arm=job.arm, **changes)
+
+
+def repeating(run: Run) -> str:
+    layers = [1.0, 2.0, 3.0, 4.0]
+    scores: dict[str, Any] = {"steps": 4, "layers": list("abcd"), "kernel": [True] * 4}
+    scores |= {"fluctuation": [layers, layers], "variance": [layers, layers[::-1]]}
+    return json.dumps({**scores, "direction": [layers, [2.0, 1.0, 3.0, 4.0]]})
+
+
+def test_a_grid_grows_until_the_best_is_inside() -> None:
+    for best, last in ((0.8, 1.6), (0.05, 0.1), (0.005, 0.0025)):
+        rows: dict[Any, Row] = {}
+        while missing := [
+            job
+            for job in stages.tune(FAMILY, TINY.rates, TINY.tune_seeds, rows)
+            if job.run.key not in rows
+        ]:
+            for job in missing:
+                distance = abs(torch.tensor(job.run.recipe.lr / best).log2().item())
+                rows[job.run.key] = row_of(job.run, validation=1 - distance / 20)
+        rates = {job.run.recipe.lr for job in stages.tune(FAMILY, TINY.rates, range(2), rows)}
+        assert any(rate == pytest.approx(last) for rate in rates)
+        jobs = stages.tune(FAMILY, TINY.rates, range(2), rows)
+        assert min(rates) < stages.best_of(jobs, rows).lr < max(rates)
+
+
+def test_stages_choose_on_validation_images_alone() -> None:
+    rows: dict[Any, Row] = {}
+    with pytest.raises(NotReady, match="stage 1"):
+        stages.stage2(TINY, rows)
+    finish("stage0", TINY, rows, layer_scores=repeating)
+    assert [f["measure"] for f in stages.measures(TINY, rows)] == ["fluctuation", "direction"]
+
+    def accuracy(run: Run) -> float:
+        options = run.amplify or {}
+        return (
+            0.5
+            + 0.1 * (run.recipe.lr == 0.05)
+            + 0.02 * (run.recipe.weight_decay == 1e-3)
+            + 0.3 * (options.get("select") == "above" and run.recipe.lr == 0.2)
+            + 0.05 * (options.get("measure") == "direction")
+            + 0.01 * (options.get("factor") == 1.5)
+        )
+
+    finish("stage1", TINY, rows, validation=accuracy)
+    assert stages.tuned(TINY, rows) == Plain(0.05, 1e-3)
+    finish("stage2", TINY, rows, validation=accuracy)
+    chosen = stages.chosen(TINY, rows)
+    assert chosen.times == pytest.approx(4.0)
+    assert {
+        "measure": "direction",
+        "select": "above",
+        "factor": 1.5,
+    }.items() <= chosen.options.items()
+    assert not any(row.test for row in rows.values())
+    assert not any(json.loads(row.config)["test"] for row in rows.values())
+    finish("more", TINY, rows)
+    assert not any(json.loads(row.config)["test"] for row in rows.values())
+    before = set(rows)
+    finish("stage3", TINY, rows, validation=accuracy, test=lambda run: 0.5 if run.test else None)
+    arms = stages.arms(TINY, rows)
+    assert all(job.run.test and job.run.recipe.seed >= 100 for job in arms)
+    assert {job.run.key for job in arms} <= set(rows) - before
+    by_arm = {job.arm: job.run for job in arms}
+    assert by_arm["plain"].recipe == by_arm["chosen"].recipe
+    assert by_arm["plain"].recipe.lr == 0.2
+    assert by_arm["plain, tuned"].recipe.lr == 0.05
+    assert by_arm["inverse"].amplify == {**chosen.options, "select": "below"}
+
+
+def test_nothing_is_screened_that_does_not_repeat() -> None:
+    rows: dict[Any, Row] = {}
+    finish("stage1", TINY, rows)
+    noise = [[1.0, 2.0, 3.0, 4.0], [4.0, 2.0, 3.0, 1.0]]
+    scores = {"steps": 4, "layers": list("abcd"), "kernel": [True] * 4}
+    scores |= dict.fromkeys(("fluctuation", "direction", "variance"), noise)
+    finish("stage0", TINY, rows, layer_scores=lambda run: json.dumps(scores))
+    with pytest.raises(NotReady, match="no measure"):
+        stages.stage2(TINY, rows)
+
+
+def test_the_experiment_from_end_to_end(fake: Data, tmp_path: Path) -> None:
+    experiment_rows = 0
+    store = Store(tmp_path / "fake-cpu.csv")
+    for stage in ("stage0", "stage1"):
+        assert work(stage, store, without_test(fake)) == 0
+        assert len(read(store.path)) > experiment_rows
+        experiment_rows = len(read(store.path))
+    before = store.path.read_bytes()
+    assert work("stage1", store, None) == 0  # type: ignore[arg-type]  # nothing is run twice
+    assert store.path.read_bytes() == before
+    elsewhere = Store(tmp_path / "other" / "fake-cpu.csv", [tmp_path])
+    assert work("stage1", elsewhere, None) == 0  # type: ignore[arg-type]
+    rows = store.rows()
+    if not any(found.repeats for found in stages.repeatabilities(TINY, rows)):
+        with pytest.raises(NotReady, match="no measure"):
+            work("stage2", store, without_test(fake))
+        return
+    assert work("stage2", store, without_test(fake)) == 0
+    assert work("more", store, without_test(fake)) == 0
+    assert not any(row.test for row in read(store.path))
+    assert work("stage3", store, fake) == 0
+    rows = store.rows()
+    page = report.page(TINY, rows)
+    assert "Not yet" not in page
+    assert "2 runs are few" in page
+    assert f"| {stages.chosen(TINY, rows).options['measure']}" in page
+
+
+def test_a_budget_is_kept(fake: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "fake-cpu.csv")
+    wanted = len(stages.stage0(TINY, {}))
+    assert work("stage0", store, fake, budget=0.0) == wanted  # probed, and nothing begun
+    assert store.rows() == {}
+    monkeypatch.setattr(budget, "probe", lambda run, data: 10.0)  # seconds a step, of eight
+    assert work("stage0", store, fake, budget=80.0) == wanted
+    assert work("stage0", store, fake, budget=120.0) == 0  # one fits, and is faster than it seemed
+
+
+def test_a_step_is_timed_without_a_trace(fake: Data) -> None:
+    assert 0 < budget.probe(FAMILY.run(0), fake) < 10
+
+
+# ---- report and command line --------------------------------------------------------
+
+
+def test_the_report_is_honest_about_few_runs() -> None:
+    rows: dict[Any, Row] = {}
+    page = report.page(TINY, rows)
+    assert page.count("Not yet: stage 1 is not finished") == 3
+    finish("stage0", TINY, rows, layer_scores=repeating)
+    finish("stage1", TINY, rows)
+    finish("stage2", TINY, rows)
+    finish(
+        "stage3", TINY, rows,
+        test=lambda run: 0.001 * run.recipe.seed if run.test else None,
+        diverged=lambda run: run.recipe.seed == 101 and run.amplify is not None,
+    )  # fmt: skip
+    page = report.page(TINY, rows)
+    assert "chosen - plain: too few runs for an interval." in page
+    arm = next(line for line in page.splitlines() if line.startswith("| inverse |"))
+    assert arm.split("|")[2:4] == [" 2 ", " 1 "]
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--data=fake", "--device=cpu", f"--out={tmp_path}", "--epochs=2", "--width=0.25"]
+    assert command.main(["stage0", *out, "--budget-s=500"]) == 0
+    assert "all 8 runs are there" in capsys.readouterr().out
+    rows = read(tmp_path / "fake-cpu.csv")
+    assert {row.torch for row in rows} == {torch.__version__}
+    assert command.main(["report", *out]) == 0
+    assert "8 of 8 runs" in (tmp_path / "fake-cpu.md").read_text()
+    assert (tmp_path / "fake-cpu-repeat.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit, match="stage 1 is not finished"):
+        command.main(["stage2", *out])
+    assert command.main(["stage0", *out, "--workers=2"]) == 0  # nothing is left to do
+    assert len(read(tmp_path / "fake-cpu.csv")) == 8
