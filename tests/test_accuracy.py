@@ -19,13 +19,13 @@ pytest.importorskip("matplotlib")
 import test_train  # noqa: F401  # skips where torchvision cannot be imported
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import budget, report, stages
+from bench.accuracy import budget, repeatability, report, stages
 from bench.accuracy.repeatability import judge, lag
 from bench.accuracy.runs import Row, Run, execute
 from bench.accuracy.stages import Experiment, Family, NotReady, Plain
 from bench.accuracy.statistics import holm, mean, spearman, welch
 from bench.accuracy.store import Store, read
-from bench.data import Data, load
+from bench.data import Data
 from bench.train import Recipe
 
 RECIPE = Recipe(arch="cnn", width=0.5, epochs=2, batch=32, lr=0.05)
@@ -47,8 +47,18 @@ ABOUT = {"device": "none", "torch": "0", "commit": "0", "date": "never"}
 
 
 @pytest.fixture(scope="module")
-def fake() -> Data:
-    return load("fake")
+def easy() -> Data:
+    """Four colours under a little noise: eight steps learn them."""
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(20, 236, (4, 1, 1, 3), generator=generator)
+    labels = torch.arange(320) % 4
+    noise = torch.randint(-20, 20, (320, 8, 8, 3), generator=generator)
+    images = (colours[labels] + noise).to(torch.uint8)
+    padded = torch.nn.functional.pad(images[:256], (0, 0, 1, 1, 1, 1))
+    middle, width = torch.full((3,), 128.0), torch.full((3,), 64.0)
+    return Data(
+        "fake", padded, labels[:256], images[256:], labels[256:], 4, 1, False, middle, width
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +226,7 @@ def _claim_and_wait(path: Path, claimed: Any) -> None:
 
 
 def test_a_run_is_one_worker_s_until_that_ends(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     claimed = context.Event()
     path = tmp_path / "a.csv"
     other = context.Process(target=_claim_and_wait, args=(path, claimed))
@@ -240,17 +250,18 @@ class Untouchable:
     def __getattr__(self, name: str) -> Any:
         raise AssertionError("the test set was touched")
 
-    __getitem__ = __len__ = __iter__ = __getattr__  # type: ignore[assignment]
+    def __len__(self) -> int:
+        raise AssertionError("the test set was touched")
 
 
 def without_test(data: Data) -> Data:
     return replace(data, test_images=Untouchable(), test_labels=Untouchable())  # type: ignore[arg-type]
 
 
-def test_a_run_tells_what_it_did(fake: Data) -> None:
+def test_a_run_tells_what_it_did(easy: Data) -> None:
     options = {"measure": "variance", "threshold": 1e9, "min_steps": 1, "refresh": 1}
     about = {**ABOUT, "stage": "stage1", "arm": "all"}
-    row = execute(FAMILY.run(0, amplify=options, scores=True), without_test(fake), about)
+    row = execute(FAMILY.run(0, amplify=options, scores=True), without_test(easy), about)
     assert row.amplified == pytest.approx(7 / 8)  # of eight steps all but the first
     assert row.test is None
     weights = json.loads(row.weights)
@@ -262,11 +273,11 @@ def test_a_run_tells_what_it_did(fake: Data) -> None:
     assert len(scores["direction"]) == 2
     assert all(-1 <= value <= 1 for value in scores["direction"][0])
     with pytest.raises(AssertionError, match="touched"):
-        execute(FAMILY.run(0, test=True), without_test(fake), about)
-    assert 0 < (execute(FAMILY.run(0, test=True), fake, about).test or 0) < 1
+        execute(FAMILY.run(0, test=True), without_test(easy), about)
+    assert 0 < (execute(FAMILY.run(0, test=True), easy, about).test or 0) < 1
 
 
-def test_everything_amplified_is_another_rate_and_decay(fake: Data) -> None:
+def test_everything_amplified_is_another_rate_and_decay(easy: Data) -> None:
     """The control of stage 1, to the last bit: 2 is a power of two."""
     rows = {
         job.run.key: row_of(job.run, validation=0.5 + 0.1 * (job.run.recipe.lr == 0.05))
@@ -277,7 +288,7 @@ def test_everything_amplified_is_another_rate_and_decay(fake: Data) -> None:
     assert amplified.run.amplify is not None
     assert (equal.run.recipe.lr, equal.run.recipe.weight_decay) == (0.1, 2.5e-4)
     about = {**ABOUT, "stage": "stage1", "arm": "all"}
-    a, b = (execute(job.run, without_test(fake), about) for job in (amplified, equal))
+    a, b = (execute(job.run, without_test(easy), about) for job in (amplified, equal))
     assert a.amplified == 1.0
     assert (a.validation, a.train_loss, a.weights) == (b.validation, b.train_loss, b.weights)
 
@@ -303,7 +314,7 @@ def repeating(run: Run) -> str:
 
 
 def test_a_grid_grows_until_the_best_is_inside() -> None:
-    for best, last in ((0.8, 1.6), (0.05, 0.1), (0.005, 0.0025)):
+    for best, last in ((0.4, 0.8), (0.05, 0.1), (0.005, 0.0025)):
         rows: dict[Any, Row] = {}
         while missing := [
             job
@@ -374,46 +385,41 @@ def test_nothing_is_screened_that_does_not_repeat() -> None:
         stages.stage2(TINY, rows)
 
 
-def test_the_experiment_from_end_to_end(fake: Data, tmp_path: Path) -> None:
-    experiment_rows = 0
+def test_the_experiment_from_end_to_end(
+    easy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeatability, "BAR", -1.0)  # of so small a network hardly a score repeats
     store = Store(tmp_path / "fake-cpu.csv")
     for stage in ("stage0", "stage1"):
-        assert work(stage, store, without_test(fake)) == 0
-        assert len(read(store.path)) > experiment_rows
-        experiment_rows = len(read(store.path))
+        assert work(stage, store, without_test(easy)) == 0
     before = store.path.read_bytes()
     assert work("stage1", store, None) == 0  # type: ignore[arg-type]  # nothing is run twice
     assert store.path.read_bytes() == before
     elsewhere = Store(tmp_path / "other" / "fake-cpu.csv", [tmp_path])
     assert work("stage1", elsewhere, None) == 0  # type: ignore[arg-type]
-    rows = store.rows()
-    if not any(found.repeats for found in stages.repeatabilities(TINY, rows)):
-        with pytest.raises(NotReady, match="no measure"):
-            work("stage2", store, without_test(fake))
-        return
-    assert work("stage2", store, without_test(fake)) == 0
-    assert work("more", store, without_test(fake)) == 0
+    assert work("stage2", store, without_test(easy)) == 0
+    assert work("more", store, without_test(easy)) == 0
     assert not any(row.test for row in read(store.path))
-    assert work("stage3", store, fake) == 0
+    assert work("stage3", store, easy) == 0
     rows = store.rows()
     page = report.page(TINY, rows)
     assert "Not yet" not in page
-    assert "2 runs are few" in page
+    assert "| chosen |" in page
     assert f"| {stages.chosen(TINY, rows).options['measure']}" in page
 
 
-def test_a_budget_is_kept(fake: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_is_kept(easy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "fake-cpu.csv")
     wanted = len(stages.stage0(TINY, {}))
-    assert work("stage0", store, fake, budget=0.0) == wanted  # probed, and nothing begun
+    assert work("stage0", store, easy, budget=0.0) == wanted  # probed, and nothing begun
     assert store.rows() == {}
     monkeypatch.setattr(budget, "probe", lambda run, data: 10.0)  # seconds a step, of eight
-    assert work("stage0", store, fake, budget=80.0) == wanted
-    assert work("stage0", store, fake, budget=120.0) == 0  # one fits, and is faster than it seemed
+    assert work("stage0", store, easy, budget=80.0) == wanted
+    assert work("stage0", store, easy, budget=120.0) == 0  # one fits, and is faster than it seemed
 
 
-def test_a_step_is_timed_without_a_trace(fake: Data) -> None:
-    assert 0 < budget.probe(FAMILY.run(0), fake) < 10
+def test_a_step_is_timed_without_a_trace(easy: Data) -> None:
+    assert 0 < budget.probe(FAMILY.run(0), easy) < 10
 
 
 # ---- report and command line --------------------------------------------------------
@@ -422,7 +428,7 @@ def test_a_step_is_timed_without_a_trace(fake: Data) -> None:
 def test_the_report_is_honest_about_few_runs() -> None:
     rows: dict[Any, Row] = {}
     page = report.page(TINY, rows)
-    assert page.count("Not yet: stage 1 is not finished") == 3
+    assert page.count("Not yet: stage 1 is not finished") == 4
     finish("stage0", TINY, rows, layer_scores=repeating)
     finish("stage1", TINY, rows)
     finish("stage2", TINY, rows)
@@ -448,5 +454,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (tmp_path / "fake-cpu-repeat.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="stage 1 is not finished"):
         command.main(["stage2", *out])
-    assert command.main(["stage0", *out, "--workers=2"]) == 0  # nothing is left to do
-    assert len(read(tmp_path / "fake-cpu.csv")) == 8
+
+
+@pytest.mark.slow
+def test_workers_share_the_work(tmp_path: Path) -> None:
+    out = ["--data=fake", "--device=cpu", f"--out={tmp_path}", "--epochs=2", "--width=0.25"]
+    assert command.main(["stage0", *out, "--workers=2"]) == 0
+    assert len(read(tmp_path / "fake-cpu.csv")) == len(Store(tmp_path / "a.csv").rows()) == 8

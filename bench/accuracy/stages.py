@@ -121,7 +121,8 @@ def measures(experiment: Experiment, rows: Rows) -> list[Options]:
         raise NotReady("stage 0 is not finished: it says which measures repeat")
     best: dict[str, Repeatability] = {}
     for found in repeatabilities(experiment, rows):
-        if found.repeats and found.lowest > getattr(best.get(found.measure), "lowest", 0.0):
+        other = best.get(found.measure)
+        if found.repeats and (other is None or found.lowest > other.lowest):
             best[found.measure] = found
     if not best:
         raise NotReady("stage 0 found no measure that repeats: there is nothing to screen")
@@ -188,9 +189,9 @@ def tuned(experiment: Experiment, rows: Rows) -> Plain:
     return best_of(jobs, rows)
 
 
-def _plain(family: Family, plain: Plain, seed: int, **more: bool) -> Job:
+def _plain(family: Family, plain: Plain, seed: int) -> Job:
     label = f"plain, lr {plain.lr:g}, wd {plain.weight_decay:g}"
-    return Job(label, family.run(seed, plain, **more))
+    return Job(label, family.run(seed, plain))
 
 
 # ---- stage 2: which layers, when, how strongly --------------------------------------
