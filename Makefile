@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := requirements/$(TORCH).txt
 TORCH_cuda := torch torchvision
 TORCH_cpu := torch
-EXTRAS_cuda := dev,viz,tensorboard,bench
+EXTRAS_cuda := dev,viz,tensorboard,bench,hf,lightning,timm
 EXTRAS_cpu := dev,viz,tensorboard
 
 BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)

@@ -7,6 +7,8 @@ import os
 import pytest
 from cases import PLACES, why_not
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
+
 try:
     import hypothesis
 except ImportError:  # a machine that has a GPU may have little else

@@ -1,0 +1,1 @@
+"""Training stacks, one module each; importing this package imports none of them."""
