@@ -279,11 +279,11 @@ class Amplifier:
         itself (``fused=True`` under a GradScaler) is left to do so. Returns a handle whose
         ``remove()`` ends it. Warns for optimizers that a constant factor does not move.
 
-        The optimizer keeps the amplifier alive. One inside a wrapper that calls it
-        ``optimizer``, such as Accelerate's, is attached to itself.
+        The optimizer keeps the amplifier alive. One inside a wrapper such as Accelerate's is
+        attached to itself.
 
         Raises ValueError if the optimizer holds none of the model's parameters, or is attached
-        already.
+        already, TypeError if it is none, or calls no hooks.
         """
         return Attachment(self, innermost(optimizer))
 

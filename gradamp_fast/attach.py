@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SCALE_INVARIANT = (
     "adam", "adagrad", "adadelta", "rmsprop", "rprop", "lion", "lamb", "lars", "muon", "adafactor",
     "shampoo", "soap", "adan", "adabelief", "adopt", "prodigy", "sophia", "novograd", "signsgd",
+    "laprop", "mars", "kron",
 )  # fmt: skip
 
 
@@ -34,9 +35,10 @@ def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers that keep it as ``optimizer``, as Accelerate's does."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    """The optimizer inside wrappers, Accelerate's or timm's Lookahead, which call no hooks."""
+    for name in ("optimizer", "_base_optimizer"):
+        if isinstance(inner := getattr(optimizer, name, None), Optimizer):
+            return innermost(inner)
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {kind}")
@@ -54,6 +56,11 @@ class Attachment:
         self._optimizer = weakref.ref(optimizer)
         self._seen = _groups(optimizer)
         self._mask: tuple[Plan, bytes | None] | None = None
+        if not getattr(type(optimizer).step, "hooked", False):
+            raise TypeError(
+                f"{type(optimizer).__name__}.step() calls no hooks, so nothing would be amplified: "
+                "attach to the optimizer inside it, or let it call Optimizer.__init__"
+            )
         if any(other.serves(optimizer) for other in amplifier._attachments):
             raise ValueError("the amplifier is attached to this optimizer already")
         plan = amplifier._plan

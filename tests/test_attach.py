@@ -212,6 +212,24 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
         amplifier.attach(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
 
 
+class Hookless(torch.optim.SGD):
+    """As wrappers are that do not call Optimizer.__init__."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__dict__.update(optimizer.__dict__)
+
+    def step(self, closure: object = None) -> None:
+        pass
+
+
+def test_an_optimizer_whose_step_calls_no_hooks_is_refused() -> None:
+    place = Place("torch", "cpu")
+    model, _ = problem(place)
+    optimizer = Hookless(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"Hookless\.step\(\) calls no hooks"):
+        place.amplifier(model).attach(optimizer)
+
+
 def test_grad_scaler_with_a_plain_optimizer(place: Place) -> None:
     """The scaler unscales before the hook and drops steps that overflowed."""
     model, loss = problem(place)
