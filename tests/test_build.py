@@ -245,7 +245,7 @@ def test_instruction_sets_share_no_code():
 
 
 def source_files() -> set[str]:
-    folders = ("bench", "cmake", "csrc", "gradamp_fast", "requirements", "tests")
+    folders = ("bench", "cmake", "csrc", "examples", "gradamp_fast", "requirements", "tests")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     made = re.compile(r"__pycache__|\.so$|\.pyc$")
     return {str(path.relative_to(ROOT)) for path in files if not made.search(str(path))}
