@@ -12,70 +12,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import docs, figures, memory, micro, report, scaling, whole_step
-from bench.results import Failure, Results, Row, compare, describe_machine, results_in
-from gradamp_fast import backends
+from bench import docs, figures, report
+from bench.parts import HEADLINE, PARTS, units
+from bench.results import Results, compare, describe_machine, results_in
 
-PARTS = ("models", "scaling", "training", "memory")
-HEADLINE = "headline"  # of models, what is promised: lagged, a quarter amplified
 STORED = Path(__file__).parent / "results"
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-Unit = tuple[str, Callable[[], None]]
-
-
-def units(
-    results: Results, parts: Sequence[str], device: torch.device, quick: bool
-) -> Iterator[Unit]:
-    """What is to be done, piece by piece: a label, and a call that adds to the results."""
-
-    def keep(found: tuple[list[Row], list[Failure]]) -> None:
-        results.rows.extend(found[0])
-        results.failures.extend(found[1])
-
-    if "models" in parts or HEADLINE in parts:
-        effort = micro.QUICK if quick else micro.FULL
-        wanted = [c for c in micro.cases(device, quick) if "models" in parts or c.headline]
-        for case in wanted:
-            yield (
-                str(case),
-                lambda case=case: keep(  # type: ignore[misc]
-                    micro.run_case(case, device, effort, quick)
-                ),
-            )
-    if "scaling" in parts:
-        curve_effort = scaling.QUICK if quick else scaling.FULL
-        for point in scaling.points(device, quick):
-            yield (
-                f"{point.section}: {point.case.model}",
-                lambda point=point: keep(  # type: ignore[misc]
-                    scaling.run_point(point, device, curve_effort)
-                ),
-            )
-    if "training" in parts:
-        pairs = 5 if quick else 20
-        for job in whole_step.jobs(device, quick):
-            yield (
-                "training",
-                lambda job=job: results.training.append(  # type: ignore[misc]
-                    whole_step.run_job(job, device, pairs)
-                ),
-            )
-    backend = next(n for n in backends.NAMES if backends.unavailable(n, device) is None)
-    if "memory" in parts and memory.available():
-        for model in ("resnet18",) if quick else ("resnet18", "vit_b_16"):
-            yield (
-                f"memory: {model}",
-                lambda model=model: results.memory.append(  # type: ignore[misc]
-                    memory.measure_memory(model, "fp32", device, backend)
-                ),
-            )
 
 
 def run(device: torch.device, parts: Sequence[str], quick: bool, out: Path) -> Results:

@@ -6,6 +6,8 @@
 #
 # PYTHON chooses the interpreter (default: python3), which needs torch with CUDA, pytest, cmake,
 # ninja and pybind11; nvcc has to be found. Exit status: 0 passed, 1 a part failed, 2 no GPU.
+#
+# Seven files: acceptance.{txt,json,log} for the whole, bars.{json,csv} and cuda.{json,csv}.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -25,77 +27,81 @@ fi
 
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-names=() verdicts=() seconds=()
+export PYTHON PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export TORCH_CUDA_ARCH_LIST=$capability GRADAMP_CUDA=1
+table=$OUT/acceptance.txt log=$OUT/acceptance.log due=0
+: >"$log"
+printf '%-14s %8s  %s\n' part seconds verdict >"$table"
 
-# part NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds, and not beyond the
-# tenth minute of all; output to NAME.log.
+# verdict NAME SECONDS WORDS: a line of the table.
+verdict() {
+  printf '%-14s %8s  %s\n' "$@" >>"$table"
+}
+
+# part NAME SHARE COMMAND...: what the parts before left of their shares of the time is this
+# one's too; none can take from those behind it.
 part() {
-  local name=$1 limit=$2 begun=$SECONDS left=$((590 - SECONDS)) status
+  local name=$1 limit begun=$SECONDS status from
+  due=$((due + $2)) limit=$((due - SECONDS))
   shift 2
-  [ "$limit" -lt "$left" ] || limit=$((left > 1 ? left : 1))
-  echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  echo "== $name, at most $limit s" | tee -a "$log"
+  from=$(wc -l <"$log")
+  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 </dev/null
   status=$?
-  tail -n 4 "$OUT/$name.log"
-  names+=("$name")
-  seconds+=($((SECONDS - begun)))
+  tail -n "+$((from + 1))" "$log" | tail -n 6
   case $status in
-    0) verdicts+=(passed) ;;
-    124 | 137) verdicts+=("FAILED: over $limit s") ;;
-    *) verdicts+=("FAILED: status $status") ;;
+    0) verdict "$name" $((SECONDS - begun)) passed ;;
+    124 | 137) verdict "$name" $((SECONDS - begun)) "FAILED: over $limit s" ;;
+    *) verdict "$name" $((SECONDS - begun)) "FAILED: status $status" ;;
   esac
 }
 
-export PYTHONUNBUFFERED=1
-tests() { "$PYTHON" -m pytest -q -p no:cacheprovider --device cuda "$@"; }
-export -f tests
-export PYTHON
-
+tests() {
+  "$PYTHON" -m pytest -q -p no:cacheprovider -rs --tb=short --maxfail=20 --device cuda "$@"
+}
 sanitizer() {
-  local tool=$1
-  compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=step_kernel \
+  "$SANITIZER" --tool "$1" --error-exitcode 9 --kernel-name kernel_substring=step_kernel \
     "$PYTHON" tests/cuda/small_steps.py
 }
-export -f sanitizer
-
 build() {
-  TORCH_CUDA_ARCH_LIST=$1 GRADAMP_CUDA=1 \
-    "$PYTHON" -m pip install -q --no-build-isolation --no-deps --break-system-packages -e . ||
-    TORCH_CUDA_ARCH_LIST=$1 GRADAMP_CUDA=1 "$PYTHON" setup.py build_ext --inplace
-  "$PYTHON" -c 'from gradamp_fast import _extension as e; assert e.load(), e.reason(); print(e.built_with())'
+  "$PYTHON" setup.py build_ext --inplace &&
+    "$PYTHON" -c 'from gradamp_fast import _extension as e; assert e.load(), e.reason(); print(e.built_with())'
 }
-export -f build
+export -f tests sanitizer build
+SANITIZER=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer)
+export SANITIZER
 
-part build 240 bash -c "build $capability"
-part doctor 60 "$PYTHON" -m gradamp_fast doctor
-part gpu-tests 200 bash -c "tests -m gpu tests"
-part memcheck 60 bash -c "sanitizer memcheck"
-part racecheck 60 bash -c "sanitizer racecheck"
-part synccheck 60 bash -c "sanitizer synccheck"
-part bars 200 "$PYTHON" -m bench.gpu_bars --out "$OUT"
-part step-tests 180 bash -c "tests tests/test_step.py tests/test_norms.py tests/test_amp.py \
-  tests/test_layouts.py tests/test_sketch.py tests/test_checkpoint.py"
-part statistics 60 bash -c "tests tests/test_statistics.py"
-part benchmarks 150 "$PYTHON" -m bench --quick --device cuda --out "$OUT"
+part build 105 bash -c build
+part doctor 25 "$PYTHON" -m gradamp_fast doctor
+part cuda-tests 105 bash -c "tests -m gpu tests/test_cuda.py tests/test_device.py -k 'not triton'"
+part bars 90 "$PYTHON" -m bench.gpu_bars --out "$OUT"
+for tool in memcheck racecheck synccheck; do
+  if [ -n "$SANITIZER" ]; then
+    part "$tool" 30 bash -c "sanitizer $tool"
+  else
+    verdict "$tool" 0 "not run: compute-sanitizer is neither on PATH nor in CUDA_HOME"
+  fi
+done
+part triton-tests 45 bash -c "tests -m gpu tests/test_triton_gpu.py tests/test_device.py -k triton"
+part benchmarks 50 "$PYTHON" -m bench.parts --out "$OUT"
+part step-tests 40 bash -c "tests tests/test_step.py tests/test_norms.py tests/test_amp.py \
+  tests/test_statistics.py tests/test_layouts.py tests/test_sketch.py tests/test_checkpoint.py"
 
-"$PYTHON" - <<'END' | tee "$OUT/machine.json"
+timeout 20 "$PYTHON" - "$table" >"$OUT/acceptance.json" <<'END'
 import json
-import platform
-import subprocess
+import sys
 
 import torch
 
-query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-gpu, driver = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0].split(", ")
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-facts = dict(gpu=gpu, driver=driver, torch=torch.__version__, cuda=torch.version.cuda)
-print(json.dumps({**facts, "python": platform.python_version(), "commit": commit or "unknown"}))
-END
+from bench.results import describe_machine
 
-{
-  printf '%-14s %8s  %s\n' part seconds verdict
-  for i in "${!names[@]}"; do
-    printf '%-14s %8s  %s\n' "${names[$i]}" "${seconds[$i]}" "${verdicts[$i]}"
-  done
-} | tee "$OUT/acceptance.txt"
-! grep -q FAILED "$OUT/acceptance.txt"
+with open(sys.argv[1]) as table:
+    rows = [line.rstrip("\n").split(maxsplit=2) for line in table][1:]
+parts = [{"part": name, "seconds": int(took), "verdict": words} for name, took, words in rows]
+machine = describe_machine(torch.device("cuda"))
+print(json.dumps({"machine": machine, "parts": parts}, indent=1))
+print("{name}, driver {driver}, CUDA {cuda}, torch {torch}, commit {commit}".format(**machine),
+      file=open(sys.argv[1], "a"))
+END
+cat "$table"
+! grep -q FAILED "$table"

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -280,6 +281,7 @@ def alignment() -> Iterator[Bar]:
 
 
 def traffic() -> Iterator[Bar]:
+    """Ends with the first case that cannot be counted: the others could not be either."""
     for case, (_, _, _, timing) in gpu_traffic.CASES.items():
         found = gpu_traffic.count(case)
         least = 1.0 + found.amplified
@@ -292,8 +294,8 @@ def traffic() -> Iterator[Bar]:
         what = "DRAM bytes / gradients'"
         if found.moved is None:
             yield Bar(3, case, what, None, limit, "", None, found.note)
-        else:
-            yield at_most(3, case, what, found.moved / found.gradients, limit, "")
+            return
+        yield at_most(3, case, what, found.moved / found.gradients, limit, "")
 
 
 # ---- the whole ------------------------------------------------------------------------
@@ -308,6 +310,25 @@ def show(bar: Bar) -> str:
     )
 
 
+def measured() -> Iterator[Bar]:
+    for part in (launches, host_time, rates, exactness, clipping, alignment, traffic):
+        try:
+            yield from part()
+        except Exception as error:  # the other bars are measured all the same
+            note = f"{type(error).__name__}: {error}"
+            yield Bar(0, part.__name__, "stopped", None, 0.0, "", False, note)
+
+
+def save(bars: list[Bar], machine: dict[str, Any], folder: Path) -> None:
+    """After every bar: the run may be cut off."""
+    record = {"machine": machine, "bars": [asdict(bar) for bar in bars]}
+    (folder / "bars.json").write_text(json.dumps(record, indent=1) + "\n")
+    with (folder / "bars.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Bar)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(bar) for bar in bars)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
@@ -315,24 +336,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_bars: NO GPU: torch finds no CUDA device here; nothing was measured")
         return 2
-    bars: list[Bar] = []
-    for part in (launches, rates, exactness, clipping, host_time, alignment, traffic):
-        try:
-            for bar in part():
-                bars.append(bar)
-                print(show(bar), flush=True)
-        except Exception as error:  # the other bars are measured all the same
-            note = f"{type(error).__name__}: {error}"
-            bars.append(Bar(0, part.__name__, "stopped", None, 0.0, "", False, note))
-            print(show(bars[-1]), flush=True)
     machine = describe_machine(torch.device("cuda"))
     given.out.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "bars": [asdict(bar) for bar in bars]}
-    (given.out / "bars.json").write_text(json.dumps(record, indent=1) + "\n")
-    with (given.out / "bars.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Bar)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(bar) for bar in bars)
+    bars: list[Bar] = []
+    for bar in measured():
+        bars.append(bar)
+        print(show(bar), flush=True)
+        save(bars, machine, given.out)
     passed, missed = (sum(bar.passed is verdict for bar in bars) for verdict in (True, False))
     print(f"{passed} passed, {missed} missed, {len(bars) - passed - missed} not measured")
     return 1 if missed else 0
