@@ -25,12 +25,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
         "Why the CUDA kernels cannot run on that GPU, with the fix; None if they can.");
   py::class_<Plan>(m, "Plan")
-      .def(py::init<std::vector<py::object>, std::vector<py::object>, const std::vector<int32_t>&,
-                    const std::vector<int64_t>&, const std::vector<int64_t>&, int64_t,
-                    const py::dict&, at::Tensor, at::Tensor, at::Tensor>(),
-           py::arg("parameters"), py::arg("watched"), py::arg("layer"), py::arg("numel"),
-           py::arg("first_bucket"), py::arg("num_layers"), py::arg("options"), py::arg("values"),
-           py::arg("sketch"), py::arg("parity"))
+      .def(py::init<std::vector<py::object>, std::vector<py::object>,
+                    const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>&,
+                    int64_t, const py::dict&, at::Tensor, at::Tensor, at::Tensor>(),
+           py::arg("parameters"), py::arg("watched"), py::arg("tensors"), py::arg("num_layers"),
+           py::arg("options"), py::arg("values"), py::arg("sketch"), py::arg("parity"))
       .def("step",
            [](Plan& plan, const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale,
@@ -47,8 +46,9 @@ PYBIND11_MODULE(_C, m) {
       .def("step_gradients",
            [](Plan& plan, std::vector<std::optional<at::Tensor>> gradients,
               const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, bool unscale) {
+              const std::optional<at::Tensor>& found_inf, bool unscale,
+              const std::optional<at::Tensor>& sums) {
              return static_cast<int>(
-                 plan.step_gradients(std::move(gradients), grad_scale, found_inf, unscale));
+                 plan.step_gradients(std::move(gradients), grad_scale, found_inf, unscale, sums));
            });
 }

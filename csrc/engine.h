@@ -24,6 +24,11 @@ struct StepInputs {
   float* found_inf;         // null: not asked for
   bool unscale;
   uint8_t* written;         // out, one per tensor: the gradient may have been written
+  // Not null: the step ends with these sums, one for each layer and one for the excluded
+  // tensors, which may be left as it is. Gradients are multiplied if that needs no sums, and
+  // each tensor's new running means are where the next parity will find them; nothing is
+  // committed. If *found_inf is not 0 nothing at all is written.
+  LayerSums* sums;
 };
 
 // For tests: what a step must not depend on. Only engines with something to vary listen.

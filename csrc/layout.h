@@ -16,13 +16,14 @@ struct TensorInfo {
   int64_t first_bucket;  // in a row of the sketch
   int32_t layer;
   int32_t bucket_log2;
+  uint32_t first_word;  // of signs: not 0 where other processes hold what comes before
 };
 
 // A tile is `tile_elements` consecutive elements of one tensor; its last tile may be
 // short, and a tensor without elements has none. Tiles are numbered in tensor order.
 struct Layout {
-  Layout(const std::vector<int32_t>& layer, const std::vector<int64_t>& numel,
-         const std::vector<int64_t>& first_bucket, int64_t num_layers, int64_t tile_elements);
+  // Numbers the tiles; what else is known of the tensors is given.
+  Layout(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_elements);
 
   int64_t num_tensors() const { return static_cast<int64_t>(tensors.size()); }
   int64_t tile_count(int64_t tensor) const {

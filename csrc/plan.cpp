@@ -75,21 +75,25 @@ bool is_subclass(const at::Tensor& tensor) {
 }  // namespace
 
 Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
-           const std::vector<int32_t>& layer, const std::vector<int64_t>& numel,
-           const std::vector<int64_t>& first_bucket, int64_t num_layers, const py::dict& options,
-           at::Tensor values, at::Tensor sketch, at::Tensor parity)
+           const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
+           int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
+           at::Tensor parity)
     : parameters_(std::move(parameters)),
       watched_(std::move(watched)),
-      numel_(numel),
-      had_gradient_(numel.size(), 0),
+      had_gradient_(tensors.size(), 0),
       values_(std::move(values)),
       sketch_(std::move(sketch)),
       parity_(std::move(parity)),
-      gradients_(numel.size()),
-      addresses_(numel.size(), nullptr),
-      dtypes_(numel.size(), DType::kFloat32),
-      written_(numel.size(), 0) {
-  TORCH_CHECK(parameters_.size() == numel.size(), "parameters and numel differ in length");
+      gradients_(tensors.size()),
+      addresses_(tensors.size(), nullptr),
+      dtypes_(tensors.size(), DType::kFloat32),
+      written_(tensors.size(), 0) {
+  TORCH_CHECK(parameters_.size() == tensors.size(), "parameters and tensors differ in length");
+  std::vector<TensorInfo> infos;
+  for (const auto& [layer, numel, bucket_log2, first_bucket, first_word] : tensors) {
+    infos.push_back({numel, 0, first_bucket, layer, bucket_log2, first_word});
+    numel_.push_back(numel);
+  }
   TORCH_CHECK(values_.numel() == kGlobalFields + num_layers * kLayerFields,
               "the state has ", values_.numel(), " values; this build of the extension wants ",
               kGlobalFields + num_layers * kLayerFields, ": rebuild gradamp_fast");
@@ -100,7 +104,7 @@ Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
   const std::vector<Window> windows = read_windows(options);
   const Config config = read_config(options, windows);
   const auto layout = [&](int64_t tile_elements) {
-    return Layout(layer, numel, first_bucket, num_layers, tile_elements);
+    return Layout(infos, num_layers, tile_elements);
   };
 #if defined(GRADAMP_WITH_CUDA)
   if (values_.is_cuda()) {
@@ -160,23 +164,25 @@ Outcome Plan::step(const std::optional<at::Tensor>& grad_scale,
   }
   for (size_t i = 0; i < parameters_.size(); ++i)
     if (!mask || mask[i]) had_gradient_[i] = gradients_[i].defined();
-  return run(grad_scale, found_inf, unscale);
+  return run(grad_scale, found_inf, unscale, std::nullopt);
 }
 
 Outcome Plan::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                              const std::optional<at::Tensor>& grad_scale,
-                             const std::optional<at::Tensor>& found_inf, bool unscale) {
+                             const std::optional<at::Tensor>& found_inf, bool unscale,
+                             const std::optional<at::Tensor>& sums) {
   TORCH_CHECK(gradients.size() == parameters_.size(), "one gradient or None for each parameter");
   for (size_t i = 0; i < gradients.size(); ++i) {
     TORCH_CHECK(!gradients[i] || take(i, *gradients[i]),
                 "gradient ", i, " is not flat, dense and real");
     if (gradients[i]) had_gradient_[i] = 1;
   }
-  return run(grad_scale, found_inf, unscale);
+  return run(grad_scale, found_inf, unscale, sums);
 }
 
 Outcome Plan::run(const std::optional<at::Tensor>& grad_scale,
-                  const std::optional<at::Tensor>& found_inf, bool unscale) {
+                  const std::optional<at::Tensor>& found_inf, bool unscale,
+                  const std::optional<at::Tensor>& sums) {
   struct Release {
     Plan& plan;
     ~Release() { plan.release(); }
@@ -186,7 +192,8 @@ Outcome Plan::run(const std::optional<at::Tensor>& grad_scale,
     engine_->step({addresses_.data(), dtypes_.data(),
                    grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                    found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale,
-                   written_.data()});
+                   written_.data(),
+                   sums ? reinterpret_cast<LayerSums*>(sums->mutable_data_ptr<double>()) : nullptr});
   }
   for (size_t i = 0; i < gradients_.size(); ++i)
     if (written_[i]) gradients_[i].unsafeGetTensorImpl()->bump_version();

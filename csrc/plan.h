@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "engine.h"
@@ -20,10 +21,11 @@ enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3 };
 
 class __attribute__((visibility("hidden"))) Plan {
  public:
+  // `tensors` has (layer, numel, bucket_log2, first_bucket, first_word) for each parameter.
   Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
-       const std::vector<int32_t>& layer, const std::vector<int64_t>& numel,
-       const std::vector<int64_t>& first_bucket, int64_t num_layers, const py::dict& options,
-       at::Tensor values, at::Tensor sketch, at::Tensor parity);
+       const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
+       int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
+       at::Tensor parity);
 
   // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
   // Unless `walked`, a parameter that had a gradient on its last step and has none now asks
@@ -32,10 +34,12 @@ class __attribute__((visibility("hidden"))) Plan {
                const std::optional<at::Tensor>& found_inf, bool unscale,
                const std::optional<py::bytes>& only, bool walked);
 
-  // The same with flat dense gradients given, one for each parameter.
+  // The same with flat dense gradients given, one for each parameter. `sums`, fp64
+  // [layers + 1, 7]: StepInputs.sums.
   Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                          const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf, bool unscale);
+                         const std::optional<at::Tensor>& found_inf, bool unscale,
+                         const std::optional<at::Tensor>& sums);
 
   void stress(const Stress& stress) { engine_->stress(stress); }
 
@@ -44,7 +48,8 @@ class __attribute__((visibility("hidden"))) Plan {
   // False: not a gradient that the engine can take as it is.
   bool take(size_t index, const at::Tensor& gradient);
   Outcome run(const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, bool unscale);
+              const std::optional<at::Tensor>& found_inf, bool unscale,
+              const std::optional<at::Tensor>& sums);
   void release();
 
   std::vector<py::object> parameters_;

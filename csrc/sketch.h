@@ -5,14 +5,6 @@
 
 namespace gradamp {
 
-// Buckets hold 2^bucket_log2(n) consecutive elements of a tensor of n elements.
-GRADAMP_HD int bucket_log2(int64_t n) { return n < 4096 ? 0 : n < 131072 ? 4 : 9; }
-
-GRADAMP_HD int64_t bucket_count(int64_t n) {
-  const int shift = bucket_log2(n);
-  return (n + (int64_t{1} << shift) - 1) >> shift;
-}
-
 // Bit (i mod 32) of sign_word(i / 32) set means that element i enters with a minus.
 // The word is MurmurHash3's 32-bit finaliser.
 GRADAMP_HD uint32_t sign_word(uint32_t word) {
@@ -24,8 +16,9 @@ GRADAMP_HD uint32_t sign_word(uint32_t word) {
   return word;
 }
 
-GRADAMP_HD bool sign_is_minus(int64_t i) {
-  return (sign_word(static_cast<uint32_t>(i >> 5)) >> (i & 31)) & 1u;
+// The same for the i-th element from `first_word` on.
+GRADAMP_HD bool sign_is_minus(uint32_t first_word, int i) {
+  return (sign_word(first_word + (i >> 5)) >> (i & 31)) & 1u;
 }
 
 // Sums over buckets: s is this step's bucket, h its running mean before this step. Real is

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from . import backends, checkpoint, reference
 from .attach import Attachment, innermost
+from .backends.sharded import ShardedBackend
 from .export import ScalarWriter, log_scalars
-from .gradients import Outcome, state_device
+from .gradients import Outcome, is_finite, state_device
 from .history import History
 from .layers import find_layers, unwrap
 from .options import Options, check_factor
@@ -50,8 +51,8 @@ class Amplifier:
         self._attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
         self._owned: list[int] = []
         self._plan = find_layers(unwrap(model), self.options)
+        self._backend: backends.Stepping | None = None
         self._state = State(self._plan, self.options.factor, state_device(self._plan))
-        self._backend: backends.Backend | None = None
         self._epoch = -1
         self._needs_epoch = self.options.needs_epochs()
         self._warned_empty = False
@@ -118,13 +119,13 @@ class Amplifier:
         """Allocates, uploads and loads kernels without a step, as capture in a graph needs."""
         self._ready()
 
-    def _ready(self) -> backends.Backend:
+    def _ready(self) -> backends.Stepping:
         """The backend, made on first use for the device that the gradients are on."""
         if not self._owned:
             self._rebind(warn=False)  # the model may have changed since
             self._own(self._plan)
         if self._backend is None:
-            chosen = backends.choose(self.options.backend, self._state.device)
+            chosen = backends.choose(self.options.backend, self._state.device, self._plan.sharded)
             self._backend = chosen(self._plan, self._state, self.options)
         return self._backend
 
@@ -144,20 +145,30 @@ class Amplifier:
         if found_inf is not None and found_inf.item() != 0:
             return
         only = None if mask is None else mask(self._plan)
-        names = dict.fromkeys(
-            self._plan.layers[slot.layer]
+        layers = [
+            slot.layer
             for index, slot in enumerate(self._plan.slots[: self._plan.measured])
-            if (only is None or only[index])
-            and slot.parameter.requires_grad
-            and slot.parameter.grad is not None
-            and slot.parameter.grad.layout == torch.strided
-            and not torch.isfinite(slot.parameter.grad).all()
-        )
-        if names:
+            if (only is None or only[index]) and not is_finite(slot)
+        ]
+        if isinstance(self._backend, ShardedBackend):
+            layers = self._backend.found_anywhere(layers)
+        if layers:
+            names = dict.fromkeys(self._plan.layers[layer] for layer in layers)
             raise RuntimeError(
                 f"non-finite gradients in layer(s) {', '.join(map(repr, names))}; nothing was "
                 "written (error_if_nonfinite=True)"
             )
+
+    @property
+    def _state(self) -> State:
+        """The state, once the last step on sharded gradients has been added up."""
+        if isinstance(self._backend, ShardedBackend):
+            self._backend.settle()
+        return self._held_state
+
+    @_state.setter
+    def _state(self, state: State) -> None:
+        self._held_state = state
 
     # ---- the model ------------------------------------------------------------------
 

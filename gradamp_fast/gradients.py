@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .plan import Plan, Slot
+from .shards import is_dtensor, local, refuse_partial
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,7 +24,10 @@ class Outcome(enum.IntEnum):
 
 
 class GradientReader:
-    """Gradients of a plan's parameters as flat real tensors in memory order."""
+    """Gradients of a plan's parameters as flat real tensors in memory order.
+
+    Of a DTensor that is the part that is here.
+    """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan = plan
@@ -98,9 +102,18 @@ class GradientReader:
         self._copies.clear()
 
 
+def is_finite(slot: Slot) -> bool:
+    """Whether a gradient has no NaN and no infinity here. Synchronises."""
+    gradient = slot.parameter.grad if slot.parameter.requires_grad else None
+    if gradient is None or gradient.layout != torch.strided:
+        return True
+    here = local(gradient) if is_dtensor(gradient) else gradient
+    return bool(torch.isfinite(here).all())
+
+
 def state_device(plan: Plan) -> torch.device:
     """Where the gradients are, or, before there are any, the parameters; the CPU for meta."""
-    tensors = [slot.parameter for slot in plan.slots]
+    tensors: list[Tensor] = [slot.parameter for slot in plan.slots]
     gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
     device = (gradients or tensors)[0].device
     return torch.device("cpu") if device.type == "meta" else device
@@ -123,7 +136,20 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def _gradient(slot: Slot) -> Tensor | None:
-    return slot.parameter.grad if slot.parameter.requires_grad else None
+    gradient = slot.parameter.grad if slot.parameter.requires_grad else None
+    if gradient is None or slot.shard is None:
+        return gradient
+    what = f"the gradient of {slot.name!r}"
+    if not is_dtensor(gradient):
+        raise TypeError(f"{what} is a plain tensor, the parameter a DTensor")
+    refuse_partial(what, gradient)
+    placements, expected = gradient.placements, slot.parameter.placements  # type: ignore[attr-defined]
+    if placements != expected:
+        raise TypeError(
+            f"{what} has placements {placements}, the parameter {expected}: redistribute it to "
+            "those before the step"
+        )
+    return local(gradient)
 
 
 def _check(slot: Slot, gradient: Tensor) -> None:

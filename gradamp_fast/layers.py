@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import nn
@@ -66,8 +67,10 @@ def find_layers(
     those that keep their place while they are frozen. ``check_names``: a glob has to match.
 
     Raises ValueError if nothing is trainable, everything is excluded, a glob matches no
-    parameter, or a lazy module has not made its parameters yet.
+    parameter, or a lazy module has not made its parameters yet; TypeError for parameters sharded
+    by the first FSDP.
     """
+    _prepare_fsdp(model)
     included = _matcher("include", options.include, model, True, check_names)
     left_out = _matcher("exclude", options.exclude, model, False, check_names)
     members: list[tuple[str, Parameter, str | None]] = []
@@ -92,6 +95,26 @@ def find_layers(
             'group_by or param_group["amplify"] rule out all of them'
         )
     return plan
+
+
+def _prepare_fsdp(model: nn.Module) -> None:
+    """Modules of ``fully_shard`` hold their DTensors from here on, not whole parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # then there is no such module
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+        elif isinstance(module, fsdp.FullyShardedDataParallel):
+            whole = module.sharding_strategy == fsdp.ShardingStrategy.NO_SHARD
+            for name, parameter in module.named_parameters():
+                if isinstance(parameter, fsdp.FlatParameter) or not whole:
+                    raise TypeError(
+                        f"{name!r} of the module {path!r} is sharded by FullyShardedDataParallel, "
+                        "whose flat pieces do not tell which layer an element is of: wrap with "
+                        "torch.distributed.fsdp.fully_shard (FSDP2) instead, or with "
+                        "use_orig_params=True and ShardingStrategy.NO_SHARD"
+                    )
 
 
 def _layer_of(name: str, options: Options) -> str | None:

@@ -171,6 +171,14 @@ class Options:
         by_epoch = self.schedule is not None and self.schedule.unit == "epoch"
         return by_epoch or self.refresh == "epoch"
 
+    def needs_norm(self) -> bool:
+        """Whether gradients are multiplied by what depends on their norm."""
+        return self.match_norm or self.max_norm is not None
+
+    def one_pass(self) -> bool:
+        """Whether gradients are multiplied by what is known before they are measured."""
+        return self.timing == "lagged" and not self.needs_norm()
+
 
 def _check_names(given: Iterable[str]) -> None:
     names = [field.name for field in fields(Options)]

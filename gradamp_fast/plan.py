@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from torch.nn import Parameter
 
+from .shards import Shard, local, shard_of
+
 BUCKET_ALIGNMENT = 16  # a tensor's buckets begin at a multiple of this in a row of the sketch
+SIGN_WORD = 32  # elements whose signs are the bits of one hash
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,21 +21,45 @@ class Slot:
         name: full parameter name without what wrappers add.
         layer: index into ``Plan.layers``; -1 for an excluded parameter, which is unscaled,
             normed and clipped, but not measured.
-        numel: real elements of its gradient; a complex element counts twice.
+        numel: real elements of its gradient that are here; a complex element counts twice.
+        total: real elements of the whole gradient.
         bucket_log2: its buckets hold ``2**bucket_log2`` elements.
         first_bucket: where they begin in a row of the sketch.
+        shard: how it is spread over processes; None for a plain tensor.
     """
 
     name: str
     parameter: Parameter
     layer: int
     numel: int
+    total: int
     bucket_log2: int
     first_bucket: int
+    shard: Shard | None
 
     @property
     def buckets(self) -> int:
         return -(-self.numel >> self.bucket_log2)
+
+    @property
+    def first_word(self) -> int:
+        """Of the signs: the index of the first element that is here, divided by 32."""
+        return 0 if self.shard is None else self.shard.first // SIGN_WORD
+
+    @property
+    def seamless(self) -> bool:
+        """Whether the parts' buckets and signs, one after another, are those of the whole."""
+        if self.shard is None:
+            return True
+        unit = max(1 << self.bucket_log2, SIGN_WORD) if self.bucket_log2 else 1
+        starts = self.shard.starts
+        return starts is not None and all(
+            start % unit == 0 for start in starts if start < self.total
+        )
+
+    def is_like(self, other: Slot) -> bool:
+        """Whether the running means of one are those of the other."""
+        return (self.name, self.total, self.shard) == (other.name, other.total, other.shard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +68,7 @@ class Plan:
 
     Attributes:
         layers: names of the layers.
-        layer_numel: elements of each layer.
+        layer_numel: elements of each layer, wherever they are.
         measured: ``slots[:measured]`` belong to a layer.
         buckets: length of a row of the sketch.
         watched: parameters that were frozen when the model was walked.
@@ -54,11 +81,21 @@ class Plan:
     buckets: int
     watched: tuple[Parameter, ...]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether gradients are spread over processes."""
+        return any(slot.shard is not None for slot in self.slots)
+
     def laid_out_like(self, other: Plan) -> bool:
         """Whether a state of one is a state of the other."""
-        return self.layers == other.layers and [
-            (slot.name, slot.layer, slot.numel) for slot in self.slots
-        ] == [(slot.name, slot.layer, slot.numel) for slot in other.slots]
+        return (
+            self.layers == other.layers
+            and len(self.slots) == len(other.slots)
+            and all(
+                a.layer == b.layer and a.is_like(b)
+                for a, b in zip(self.slots, other.slots, strict=True)
+            )
+        )
 
     def serves_the_same(self, other: Plan) -> bool:
         """Whether both bind the same parameters in the same way."""
@@ -76,11 +113,6 @@ def bucket_log2(numel: int) -> int:
     return 0 if numel < 4096 else 4 if numel < 131072 else 9
 
 
-def gradient_numel(parameter: Parameter) -> int:
-    """Real elements of the parameter's gradient."""
-    return parameter.numel() * (2 if parameter.is_complex() else 1)
-
-
 def make_plan(
     members: Sequence[tuple[str, Parameter, str | None]], watched: Iterable[Parameter]
 ) -> Plan:
@@ -96,14 +128,23 @@ def make_plan(
     layer_numel = [0] * len(layers)
     next_bucket = 0
     for name, parameter, layer_index in numbered:
-        numel = gradient_numel(parameter)
+        shard = shard_of(name, parameter)
+        reals = 2 if parameter.is_complex() else 1
+        total = parameter.numel() * reals
         measured = layer_index >= 0
         slot = Slot(
-            name, parameter, layer_index, numel, bucket_log2(numel), next_bucket if measured else 0
+            name=name,
+            parameter=parameter,
+            layer=layer_index,
+            numel=total if shard is None else local(parameter).numel() * reals,
+            total=total,
+            bucket_log2=bucket_log2(total),
+            first_bucket=next_bucket if measured else 0,
+            shard=shard,
         )
         slots.append(slot)
         if measured:
-            layer_numel[layer_index] += numel
+            layer_numel[layer_index] += total
             next_bucket += -(-slot.buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
     return Plan(
         layers=tuple(layers),

@@ -11,23 +11,27 @@ formulas are not public.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .options import Options
-from .plan import Plan, Slot
+from .plan import Plan
 from .state import FIELDS, State
 
 # ---- the sketch ---------------------------------------------------------------------
 
 
-def signs(numel: int, device: torch.device) -> Tensor:
-    """Signs of elements 0 ... numel-1 of a tensor in memory order: int8 [numel], +1 or -1."""
-    capacity = 1 << max(numel - 1, 31).bit_length()
-    return _signs(capacity, device)[:numel]
+def signs(numel: int, device: torch.device, first_word: int = 0) -> Tensor:
+    """Signs of ``numel`` elements of a tensor in memory order, +1 or -1: int8 [numel].
+
+    The first of them is element ``32 * first_word``.
+    """
+    first = 32 * first_word
+    capacity = 1 << max(first + numel - 1, 31).bit_length()
+    return _signs(capacity, device)[first : first + numel]
 
 
 @functools.lru_cache(maxsize=4)
@@ -43,12 +47,12 @@ def _signs(capacity: int, device: torch.device) -> Tensor:
     return (1 - 2 * bits).to(torch.int8).flatten()
 
 
-def bucket_sums(values: Tensor, bucket_log2: int) -> Tensor:
+def bucket_sums(values: Tensor, bucket_log2: int, first_word: int = 0) -> Tensor:
     """Signed sums of runs of ``2**bucket_log2`` elements: [n] -> [buckets].
 
     The last run may be short.
     """
-    signed = values * signs(values.numel(), values.device)
+    signed = values * signs(values.numel(), values.device, first_word)
     length = 1 << bucket_log2
     padding = -values.numel() % length
     return torch.nn.functional.pad(signed, (0, padding)).view(-1, length).sum(dim=1)
@@ -61,9 +65,9 @@ _ROW = 4096
 
 
 class Sums(NamedTuple):
-    """One step's statistics, one entry for each layer with a gradient: fp64 [layers]."""
+    """One step's statistics, one entry for each layer: fp64 [layers]."""
 
-    numel: Tensor
+    numel: Tensor  # 0: no gradient, and the rest is 0 as well
     mean: Tensor
     m2: Tensor  # sum of squared deviations from the mean
     power: Tensor  # sum of s^2 over the buckets s
@@ -109,38 +113,61 @@ def _merge(moments: Sequence[Tensor]) -> Tensor:
     return torch.stack((total, centre, m2.sum() + (count * (mean - centre).square()).sum()))
 
 
-def _measure(
-    slots: Sequence[tuple[Slot, Tensor, Tensor]], inverse: Tensor | float, weights: Tensor
-) -> tuple[Sums, list[Tensor]]:
-    """Statistics of the layers present, and every tensor's new running means.
+@torch.no_grad()
+def measure(
+    plan: Plan,
+    state: State,
+    options: Options,
+    gradients: Sequence[Tensor | None],
+    inverse: Tensor | float,
+) -> Sums:
+    """Statistics of all layers, of gradients times ``inverse``.
 
-    ``slots`` holds (slot, flat gradient, running means h) ordered by layer; ``weights`` is
-    the weight of this step in the running means, for each layer of the plan.
+    ``gradients`` holds a flat real tensor in memory order, or None, for each of ``plan.slots``.
+    A tensor's new running means go to the row of the sketch that is not in use.
     """
+    decay = 1.0 if options.decay is None else options.decay
+    weights = 1 / (1 + decay * state.column("weight_sum"))
+    rows = _constant((0.0, 1.0), torch.int32, state.device)
     moments: dict[int, list[Tensor]] = {}
     sketches: dict[int, list[Tensor]] = {}
-    means: list[Tensor] = []
-    for slot, gradient, h in slots:
+    for index in touched(plan, gradients):
+        slot, gradient, parity = plan.slots[index], gradients[index], state.parity[index]
+        assert gradient is not None
+        both = state.sketch[:, slot.first_bucket :][:, : slot.buckets]
+        h = both.index_select(0, parity.view(1))[0].double()
         values = gradient.double() * inverse
-        s = bucket_sums(values, slot.bucket_log2).float().double()
-        h = h.double()
+        s = bucket_sums(values, slot.bucket_log2, slot.first_word).float().double()
         after = (h + weights[slot.layer] * (s - h)).float()
+        both.copy_(torch.where((rows == parity)[:, None], both, after))
         products = (s.square(), s * h, h.square(), after.double().square())
         moments.setdefault(slot.layer, []).append(_moments(values))
         sketches.setdefault(slot.layer, []).append(torch.stack([_sum(p) for p in products]))
-        means.append(after)
-    rows = [
-        torch.cat((_merge(moments[layer]), torch.stack(sketches[layer]).sum(dim=0)))
-        for layer in moments
+    table = weights.new_zeros((len(plan.layers), len(Sums._fields)))
+    if moments:
+        present = _constant(tuple(map(float, moments)), torch.int64, state.device)
+        table[present] = torch.stack(
+            [
+                torch.cat((_merge(moments[layer]), torch.stack(sketches[layer]).sum(dim=0)))
+                for layer in moments
+            ]
+        )
+    return Sums(*table.unbind(1))
+
+
+def touched(plan: Plan, gradients: Sequence[Tensor | None]) -> list[int]:
+    """Indices of the measured slots that have a gradient with at least one element here."""
+    return [
+        index
+        for index, (slot, gradient) in enumerate(zip(plan.slots, gradients, strict=True))
+        if slot.layer >= 0 and gradient is not None and slot.numel > 0
     ]
-    table = torch.stack(rows) if rows else weights.new_zeros((0, len(Sums._fields)))
-    return Sums(*table.unbind(1)), means
 
 
 # ---- state update -------------------------------------------------------------------
 
 
-def _updated(rows: Tensor, sums: Sums, amplified: Tensor, decay: float) -> Tensor:
+def _updated(rows: Tensor, sums: Sums, amplified: Tensor | int, decay: float) -> Tensor:
     """The layers' state after a step: [layers, fields] -> [layers, fields]."""
     old = dict(zip(FIELDS, rows.unbind(1), strict=True))
     new = dict(old)
@@ -238,6 +265,45 @@ def active_factor(state: State, options: Options) -> Tensor:
     return active
 
 
+# ---- commit -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def commit(
+    state: State,
+    options: Options,
+    sums: Sums,
+    measured: Sequence[int],
+    factor: Tensor,
+    halted: Tensor,
+) -> Tensor:
+    """Folds one step's sums into the state and decides; whether the step counts: bool [].
+
+    ``measured`` are the slots whose running means ``measure`` has written. ``factor`` is
+    ``active_factor`` at the step's beginning. A halted step does not count.
+    """
+    counted = sums.finite() & ~halted
+    present = counted & (sums.numel > 0)
+    decay = 1.0 if options.decay is None else options.decay
+    amplified = present & (state.column("selected") != 0) & (factor != 1)
+    lagged = options.timing == "lagged"
+    updated = _updated(state.layers, sums, amplified if lagged else 0, decay)
+    state.layers.copy_(torch.where(present[:, None], updated, state.layers))
+    if measured:
+        indices = _constant(tuple(map(float, measured)), torch.int64, state.device)
+        row = state.parity[indices]
+        state.parity[indices] = torch.where(counted, 1 - row, row)
+    if options.refresh != "epoch":
+        number = state.scalar("step") - state.scalar("skipped_steps") + 1
+        decide(state, options, due=counted & (number % options.refresh == 0))
+    if not lagged:
+        amplified = present & (state.column("selected") != 0) & (factor != 1)
+        state.column("amplified_steps").add_(amplified)
+    state.scalar("step").add_(1)
+    state.scalar("skipped_steps").add_(~counted)
+    return counted
+
+
 # ---- the step -----------------------------------------------------------------------
 
 
@@ -251,92 +317,120 @@ def step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     unscale: bool = True,
+    statistics: Callable[[Tensor, Tensor], tuple[Sums, Tensor]] | None = None,
 ) -> None:
     """Measure, update the state, decide, multiply.
 
-    ``gradients`` holds a flat real tensor in memory order, or None, for each of
-    ``plan.slots``; they are multiplied in place. ``grad_scale`` and ``found_inf`` are
-    one-element fp32 tensors on the gradients' device; ``found_inf`` is set to 1 where a
-    non-finite gradient is found.
+    ``gradients`` as ``measure`` takes them; they are multiplied in place. ``grad_scale`` and
+    ``found_inf`` are one-element fp32 tensors on the gradients' device; ``found_inf`` is set to 1
+    where a non-finite gradient is found. ``statistics`` takes the place of ``measure`` and
+    ``excluded_squares``; it is told the inverse scale and whether the step is halted.
     """
-    one = torch.ones_like(state.scalar("factor"))
-    inverse = one if grad_scale is None else 1 / grad_scale.double().reshape(())
-    halted = one == 0 if found_inf is None else found_inf.reshape(()) != 0
+    inverse = inverse_scale(state, grad_scale)
+    halted = is_marked(state, found_inf)
     factor = active_factor(state, options).clone()
     standing = state.column("selected").clone()
-    decay = 1.0 if options.decay is None else options.decay
-
-    measured = []
-    for index, (slot, gradient) in enumerate(zip(plan.slots, gradients, strict=True)):
-        if slot.layer >= 0 and gradient is not None and slot.numel > 0:
-            row = state.sketch.index_select(0, state.parity[index : index + 1])[0]
-            h = row[slot.first_bucket :][: -(-slot.numel >> slot.bucket_log2)]
-            measured.append((slot, gradient, h))
-    weights = 1 / (1 + decay * state.column("weight_sum"))
-    sums, means = _measure(measured, inverse, weights)
-    counted = sums.finite() & ~halted
-
-    present = _constant(
-        tuple(dict.fromkeys(slot.layer for slot, _, _ in measured)), torch.int64, one.device
-    )
-    rows = state.layers[present]
-    amplified = (standing[present] != 0) & (factor != 1)
-    updated = _updated(rows, sums, amplified if options.timing == "lagged" else one * 0, decay)
-    state.layers[present] = torch.where(counted, updated, rows)
-    for (slot, _, h), mean in zip(measured, means, strict=True):
-        both_rows = state.sketch[:, slot.first_bucket : slot.first_bucket + h.numel()]
-        both_rows.copy_(torch.where(counted, mean, h))
-
-    if options.refresh != "epoch":
-        number = state.scalar("step") - state.scalar("skipped_steps") + 1
-        decide(state, options, due=counted & (number % options.refresh == 0))
-    selected = standing
-    if options.timing == "exact":
-        selected = state.column("selected")
-        amplified = counted & (selected[present] != 0) & (factor != 1)
-        state.column("amplified_steps")[present] += amplified
-
-    multipliers = torch.where(selected != 0, factor, one)
-    if options.match_norm or options.max_norm is not None:
-        coefficient, norm = _norm(
-            plan, gradients, sums.squares(), multipliers[present], inverse, options
-        )
-        state.scalar("total_norm").copy_(torch.where(counted, norm, state.scalar("total_norm")))
+    if statistics is not None:
+        sums, excluded = statistics(inverse, halted)
     else:
-        coefficient = one
-    if unscale:
-        coefficient = coefficient * inverse
-    for slot, gradient in zip(plan.slots, gradients, strict=True):
-        if gradient is not None:
-            multiplier = multipliers[slot.layer] if slot.layer >= 0 else one
-            _multiply(gradient, torch.where(counted, multiplier * coefficient, one))
+        sums = measure(plan, state, options, gradients, inverse)
+        excluded = torch.zeros_like(inverse)
+        if options.needs_norm():
+            excluded = excluded_squares(plan, gradients, inverse)
+    counted = commit(state, options, sums, touched(plan, gradients), factor, halted)
+    selected = standing if options.timing == "lagged" else state.column("selected")
+    coefficient = inverse if unscale else torch.ones_like(inverse)
+    if options.needs_norm():
+        coefficient = coefficient * rescale(
+            state, options, sums, selected, factor, excluded, counted
+        )
+    multiply(plan, gradients, selected, factor, coefficient, counted)
+    mark(found_inf, counted)
 
-    state.scalar("step").add_(1)
-    state.scalar("skipped_steps").add_(~counted)
+
+def inverse_scale(state: State, grad_scale: Tensor | None) -> Tensor:
+    """What gradients are multiplied by before they count: fp64 []."""
+    if grad_scale is None:
+        return torch.ones_like(state.scalar("factor"))
+    return 1 / grad_scale.double().reshape(())
+
+
+def is_marked(state: State, found_inf: Tensor | None) -> Tensor:
+    """Whether ``found_inf`` asks for the step to be skipped: bool []."""
+    if found_inf is None:
+        return torch.zeros_like(state.scalar("factor"), dtype=torch.bool)
+    return found_inf.reshape(()) != 0
+
+
+def mark(found_inf: Tensor | None, counted: Tensor) -> None:
+    """Sets ``found_inf`` to 1 where the step does not count and it is 0."""
     if found_inf is not None:
-        found_inf.copy_(torch.where(counted | halted, found_inf, torch.ones_like(found_inf)))
+        keep = counted | (found_inf != 0)
+        found_inf.copy_(torch.where(keep, found_inf, torch.ones_like(found_inf)))
 
 
-def _norm(
+# ---- norm, multiplication -----------------------------------------------------------
+
+
+def excluded_squares(
     plan: Plan,
     gradients: Sequence[Tensor | None],
-    squares: Tensor,
-    multipliers: Tensor,
     inverse: Tensor,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """What every gradient is multiplied by on top, and the global norm before that."""
-    excluded = squares.new_zeros(())
-    for slot, gradient in zip(plan.slots, gradients, strict=True):
+    copies: Sequence[int] | None = None,
+) -> Tensor:
+    """Sum of the squared elements of the gradients that belong to no layer: fp64 [].
+
+    ``copies``: what each slot's sum is divided by.
+    """
+    total = torch.zeros_like(inverse)
+    for index, (slot, gradient) in enumerate(zip(plan.slots, gradients, strict=True)):
         if slot.layer < 0 and gradient is not None:
-            excluded = excluded + _sum((gradient.double() * inverse).square())
+            squares = _sum((gradient.double() * inverse).square())
+            total = total + (squares if copies is None else squares / copies[index])
+    return total
+
+
+def rescale(
+    state: State,
+    options: Options,
+    sums: Sums,
+    selected: Tensor,
+    factor: Tensor,
+    excluded: Tensor,
+    counted: Tensor,
+) -> Tensor:
+    """What every gradient is multiplied by on top: fp64 []. Stores the norm before that.
+
+    ``excluded``: sum of squares of what belongs to no layer.
+    """
+    squares = sums.squares()
+    multipliers = torch.where(selected != 0, factor, 1.0)
     before = squares.sum() + excluded
     after = (multipliers.square() * squares).sum() + excluded
+    norm = (before if options.match_norm else after).sqrt()
+    total_norm = state.scalar("total_norm")
+    total_norm.copy_(torch.where(counted, norm, total_norm))
     if options.match_norm:
-        return torch.where(after > 0, (before / after).sqrt(), 1.0), before.sqrt()
-    norm = after.sqrt()
+        return torch.where(after > 0, (before / after).sqrt(), 1.0)
     assert options.max_norm is not None
-    return (options.max_norm / (norm + 1e-6)).clamp(max=1.0), norm
+    return (options.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def multiply(
+    plan: Plan,
+    gradients: Sequence[Tensor | None],
+    selected: Tensor,
+    factor: Tensor,
+    coefficient: Tensor,
+    counted: Tensor,
+) -> None:
+    """Selected layers' gradients by factor and coefficient, the others by the coefficient."""
+    multipliers = torch.where(selected != 0, factor, 1.0)
+    for slot, gradient in zip(plan.slots, gradients, strict=True):
+        if gradient is not None:
+            own = multipliers[slot.layer] * coefficient if slot.layer >= 0 else coefficient
+            _multiply(gradient, torch.where(counted, own, 1.0))
 
 
 def _multiply(gradient: Tensor, multiplier: Tensor) -> None:

@@ -106,12 +106,12 @@ class State:
     def inherit(self, plan: Plan, old: State, old_plan: Plan) -> None:
         """Takes over what another plan's state knows of this plan's layers, by name.
 
-        A tensor whose size changed makes its layer begin anew.
+        A tensor whose size changed, or how it is cut, makes its layer begin anew.
         """
         self.values[: len(GLOBALS)] = old.values[: len(GLOBALS)]
-        sizes = {slot.name: slot.numel for slot in old_plan.slots[: old_plan.measured]}
+        before = {slot.name: slot for slot in old_plan.slots[: old_plan.measured]}
         measured = plan.slots[: plan.measured]
-        changed = {s.layer for s in measured if sizes.get(s.name, s.numel) != s.numel}
+        changed = {s.layer for s in measured if not s.is_like(before.get(s.name, s))}
         rows = {name: index for index, name in enumerate(old_plan.layers)}
         for index, name in enumerate(plan.layers):
             if name in rows and index not in changed:

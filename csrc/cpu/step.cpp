@@ -87,6 +87,7 @@ class CpuEngine final : public Engine {
     GlobalState& global = *state_.global;
     std::fill_n(in.written, layout_.num_tensors(), uint8_t{0});
     if (in.found_inf && *in.found_inf != 0.0f) {
+      if (in.sums) return;
       global.step += 1.0;
       global.skipped_steps += 1.0;
       return;
@@ -94,8 +95,8 @@ class CpuEngine final : public Engine {
     const double inverse = in.grad_scale ? 1.0 / static_cast<double>(*in.grad_scale) : 1.0;
     const double factor = active_factor(config_, global);
     const double unscale = in.unscale ? inverse : 1.0;
-    const bool norm = needs_norm(config_);
-    const bool one_pass = !config_.exact && !norm;
+    const bool one_pass = !config_.exact && !needs_norm(config_);
+    const bool norm = needs_norm(config_) && !in.sums;
 
     if (one_pass) {
       for (int64_t l = 0; l < layout_.num_layers; ++l)
@@ -110,6 +111,11 @@ class CpuEngine final : public Engine {
 
     SerialGroup group;
     reduce(in);
+    if (in.sums) {
+      std::copy(sums_.begin(), sums_.end(), in.sums);
+      if (one_pass) mark_written(in);
+      return;
+    }
     const Scratch scratch = {scores_.data(), amplified_.data()};
     if (!commit(config_, global, state_.layers, sums_.data(), layout_.num_layers, scratch, factor,
                 group)) {
@@ -126,8 +132,7 @@ class CpuEngine final : public Engine {
       set_multipliers(in, unscale * coefficient);
       each_tile(layout_.num_tiles, [&](int64_t tile) { multiply(in, tile); });
     }
-    for (int64_t t = 0; t < layout_.num_tensors(); ++t)
-      in.written[t] = in.gradients[t] && multipliers_[t] != 1.0;
+    mark_written(in);
   }
 
  private:
@@ -168,7 +173,8 @@ class CpuEngine final : public Engine {
     if (!part.data) return;
     const int64_t t = tile_tensor_[tile];
     const TensorInfo& tensor = layout_.tensors[t];
-    MeasureTile work = {part.data, in.dtypes[t], part.first,  part.count, tensor.bucket_log2,
+    const int64_t first = int64_t{tensor.first_word} * 32 + part.first;
+    MeasureTile work = {part.data, in.dtypes[t], first,   part.count, tensor.bucket_log2,
                         inverse,   0.0,          nullptr, nullptr};
     if (t < layout_.measured) {
       const int64_t bucket = tensor.first_bucket + (part.first >> tensor.bucket_log2);
@@ -214,6 +220,11 @@ class CpuEngine final : public Engine {
       const double own = layer < 0 ? 1.0 : amplified_[layer];
       multipliers_[t] = rounded(own * common, in.dtypes[t]);
     }
+  }
+
+  void mark_written(const StepInputs& in) const {
+    for (int64_t t = 0; t < layout_.num_tensors(); ++t)
+      in.written[t] = in.gradients[t] && multipliers_[t] != 1.0;
   }
 
   void flip_parity(const StepInputs& in) {

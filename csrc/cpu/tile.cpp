@@ -140,7 +140,7 @@ struct Places {
 inline f32v with_sign(f32v x, u32v minus) { return bits_as<f32v>(bits_as<u32v>(x) ^ minus); }
 
 // Moments of n >= kBlock elements, and the signed sums of their buckets. `first` is the
-// first element's index in its tensor, a multiple of 512.
+// first element's index in the whole tensor, a multiple of 32.
 template <int kBucketLog2, class T>
 Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets) {
   const Places places;

@@ -15,7 +15,7 @@ struct TileSums {
 struct MeasureTile {
   const void* data;    // the tile's first element, at any address
   DType dtype;
-  int64_t first;       // its index in the tensor, a multiple of 512
+  int64_t first;       // its index in the whole tensor, for the signs; a multiple of 32
   int64_t count;       // 1 ... kTileElements of step.h
   int bucket_log2;
   double inverse;      // what elements are multiplied by before they count

@@ -124,18 +124,22 @@ class CudaEngine final : public Engine {
     follow(stream);
     const bool norm = needs_norm(args_.config);
     const bool unscale = in.unscale && in.grad_scale;
-    const bool with_excluded = norm || unscale;
+    const bool two_phases = args_.config.exact || norm;
+    const bool measures_only = two_phases && in.sums;
+    const bool with_excluded = (norm || unscale) && !measures_only;
     for (int64_t t = 0; t < layout_.num_tensors(); ++t) {
       tagged_[t] = reinterpret_cast<uint64_t>(in.gradients[t]) |
                    static_cast<uint64_t>(in.dtypes[t]) << kDTypeShift;
       // What is selected stands on the device: whatever may be written counts as written.
-      in.written[t] = in.gradients[t] && (t < layout_.measured || with_excluded);
+      in.written[t] =
+          in.gradients[t] && !measures_only && (t < layout_.measured || with_excluded);
     }
     args_.grad_scale = in.grad_scale;
     args_.found_inf = in.found_inf;
     args_.unscale = unscale;
+    args_.exports = in.sums != nullptr;
+    args_.work.layers = in.sums ? in.sums : layer_sums_;
     if (stress_.poison) poison(stream);
-    const bool two_phases = args_.config.exact || norm;
     cudaError_t error = launch_all(two_phases, with_excluded, stream);
     if (error != cudaSuccess && all_.front().tensor_end > kSmallTable) {
       cudaGetLastError();  // a driver that refuses large parameters: in smaller portions
@@ -187,6 +191,7 @@ class CudaEngine final : public Engine {
                   ticket,
                   ticket + tables.groups,
                   ticket + tables.groups + layers + 1};
+    layer_sums_ = args_.work.layers;
     args_.num_layers = static_cast<int32_t>(layers);
     args_.measured = static_cast<int32_t>(layout_.measured);
   }
@@ -212,7 +217,7 @@ class CudaEngine final : public Engine {
   cudaError_t launch_all(bool two_phases, bool with_excluded, cudaStream_t stream) {
     const std::vector<Chunk>& chunks = with_excluded ? all_ : measured_;
     args_.write_in_first_phase = !two_phases;
-    if (!two_phases) return launch_phase(kMeasure, chunks, stream);
+    if (!two_phases || args_.exports) return launch_phase(kMeasure, chunks, stream);
     if (chunks.size() == 1 && hardware_.cooperative && stress_.cooperative) {
       const cudaError_t error = launch_chunk(kBoth, chunks, 0, stream);
       if (error == cudaSuccess) return error;
@@ -252,6 +257,7 @@ class CudaEngine final : public Engine {
   std::vector<Chunk> measured_, all_;  // launches of a step without and with excluded tensors
   Arena arena_;
   size_t work_begin_ = 0;  // of the arena's part that every step writes before it reads
+  LayerSums* layer_sums_ = nullptr;
   StepArgs args_ = {};
   std::vector<uint64_t> tagged_;  // read by launches up to the end of their table
   std::optional<c10::cuda::CUDAStream> last_;

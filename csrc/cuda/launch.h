@@ -59,6 +59,7 @@ struct StepArgs {
   bool write_in_first_phase;   // multiplies as it measures
   bool first_launch;           // of the step
   bool last_launch;            // of the first phase: its last block decides
+  bool exports;                // it leaves work.layers to the caller instead: nothing is committed
 };
 
 enum Phases : int { kMeasure = 1, kMultiply = 2, kBoth = 3 };

@@ -66,7 +66,7 @@ __device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>
   const uint64_t address = tagged & ((uint64_t{1} << kDTypeShift) - 1);
   job.tile.data = address ? reinterpret_cast<char*>(address) + job.first * bytes : nullptr;
   job.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
-  job.tile.first_word = static_cast<uint32_t>(job.first >> 5);
+  job.tile.first_word = info.first_word + static_cast<uint32_t>(job.first >> 5);
   return job;
 }
 
@@ -211,6 +211,7 @@ __device__ inline void conclude(const StepArgs& a) {
   GlobalState& global = *a.state.global;
   for (int l = block.rank(); l <= a.num_layers; l += block.size())
     if (a.tables.layers[l].tiles == 0) w.layers[l] = LayerSums{};
+  if (a.exports) return;
   block.barrier();
   const double factor = active_factor(a.config, global);
   const bool counted = commit(a.config, global, a.state.layers, w.layers, a.num_layers, w.scratch,
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (phases & kMeasure) {
     // Every block reads this before its ticket, and only the last to take one writes it.
     if (a.found_inf && *a.found_inf != 0.0f) {
-      if (first_thread && a.first_launch) count_skipped_step(a);
+      if (first_thread && a.first_launch && !a.exports) count_skipped_step(a);
       return;
     }
     measure_tiles(a, table, kept_tiles);

@@ -37,7 +37,7 @@ __device__ inline T* in_global(T* p) {
 struct TileData {
   char* data;           // the tile's first element
   int count;            // 1 ... kTileElements
-  uint32_t first_word;  // of signs: the first element's index / 32
+  uint32_t first_word;  // of signs: the first element's index in the whole tensor / 32
   int run_log2;         // length of the sketch's buckets; 0: they are not summed here
 };
 
@@ -400,7 +400,7 @@ __device__ inline SketchSums fold_elements(const TileData& tile, const RunningMe
   for (int i = lane_index(); i < tile.count; i += 32) {
     typename E::Wide x[E::kPerVector];
     E::unpack(load_part<E>(tile.data + i * kElementBytes<E>, 1), x);
-    fold(means, i, sign_is_minus(i) ? -x[0] : x[0], sums);
+    fold(means, i, sign_is_minus(tile.first_word, i) ? -x[0] : x[0], sums);
   }
   return sums;
 }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
-from typing import ClassVar, Protocol, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -16,16 +17,13 @@ from ..plan import Plan
 from ..state import State
 from .cpu import CpuBackend
 from .cuda import CudaBackend
+from .sharded import Measuring, ShardedBackend
 from .torch import TorchBackend
 from .triton import TritonBackend
 
 
-class Backend(Protocol):
+class Stepping(Protocol):
     """Makes the steps of one plan on the device that holds its state."""
-
-    name: ClassVar[str]
-
-    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
 
     def step(
         self,
@@ -38,6 +36,14 @@ class Backend(Protocol):
         """One step; ``only`` has a byte for each slot, 0 for one that is left out."""
         ...
 
+
+class Backend(Stepping, Protocol):
+    """One that may be asked for by name."""
+
+    name: ClassVar[str]
+
+    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
+
     @staticmethod
     def unavailable(device: torch.device) -> str | None:
         """Why the backend cannot serve the device, with the fix; None if it can."""
@@ -47,6 +53,9 @@ class Backend(Protocol):
 _BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (CudaBackend, TritonBackend, CpuBackend, TorchBackend)
 }
+_MEASURING: dict[str, type[Measuring]] = {
+    backend.name: backend for backend in (CudaBackend, CpuBackend, TorchBackend)
+}
 NAMES: Sequence[str] = tuple(_BACKENDS)
 
 
@@ -55,17 +64,25 @@ def unavailable(name: str, device: torch.device) -> str | None:
     return _BACKENDS[name].unavailable(device)
 
 
-def choose(name: str, device: torch.device) -> type[Backend]:
+def choose(
+    name: str, device: torch.device, sharded: bool = False
+) -> Callable[[Plan, State, Options], Stepping]:
     """The backend asked for, or for "auto" the first that can serve the device.
 
-    ``GRADAMP_BACKEND`` in the environment overrides "auto". Raises RuntimeError for a backend
-    asked for by name that cannot run.
+    ``sharded``: gradients are spread over processes. ``GRADAMP_BACKEND`` in the environment
+    overrides "auto". Raises RuntimeError for a backend asked for by name that cannot run.
     """
     if name == "auto":
         name = os.environ.get("GRADAMP_BACKEND", "auto")
         one_of("GRADAMP_BACKEND", name, get_args(BackendName))
+    able: dict[str, Any] = _MEASURING if sharded else _BACKENDS
     if name == "auto":
-        return next(b for b in _BACKENDS.values() if b.unavailable(device) is None)
-    if reason := unavailable(name, device):
-        raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
-    return _BACKENDS[name]
+        chosen = next(b for b in able.values() if b.unavailable(device) is None)
+    else:
+        reason = unavailable(name, device)
+        if reason is None and name not in able:
+            reason = f"it cannot serve sharded gradients, {', '.join(able)} can"
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
+        chosen = able[name]
+    return functools.partial(ShardedBackend, chosen) if sharded else chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, get_args
 
 from torch import Tensor
@@ -26,9 +27,9 @@ class CompiledBackend:
         self.compiled = extension.Plan(
             parameters=[slot.parameter for slot in plan.slots],
             watched=list(plan.watched),
-            layer=[slot.layer for slot in plan.slots],
-            numel=[slot.numel for slot in plan.slots],
-            first_bucket=[slot.first_bucket for slot in plan.slots],
+            tensors=[
+                (s.layer, s.numel, s.bucket_log2, s.first_bucket, s.first_word) for s in plan.slots
+            ],
             num_layers=len(plan.layers),
             options=for_kernel(options),
             values=state.values,
@@ -51,9 +52,19 @@ class CompiledBackend:
         gradients = self.reader.read(only, walked)
         if isinstance(gradients, Outcome):
             return gradients
-        self.compiled.step_gradients(gradients, grad_scale, found_inf, unscale)
+        self.compiled.step_gradients(gradients, grad_scale, found_inf, unscale, None)
         self.reader.write_back()
         return Outcome.DONE
+
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        sums: Tensor,
+    ) -> None:
+        self.compiled.step_gradients(gradients, grad_scale, found_inf, unscale, sums)
 
 
 def for_kernel(options: Options) -> dict[str, Any]:

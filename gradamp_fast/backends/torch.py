@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -45,6 +46,28 @@ class TorchBackend:
         )
         self.reader.write_back()
         return Outcome.DONE
+
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        sums: Tensor,
+    ) -> None:
+        state, options = self.state, self.options
+        inverse = reference.inverse_scale(state, grad_scale)
+        measured = reference.measure(self.plan, state, options, gradients, inverse)
+        sums[:-1] = torch.stack(measured, dim=1)
+        if options.one_pass():
+            reference.multiply(
+                self.plan,
+                gradients,
+                state.column("selected"),
+                reference.active_factor(state, options),
+                inverse if unscale else torch.ones_like(inverse),
+                ~reference.is_marked(state, found_inf),
+            )
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:

@@ -52,7 +52,7 @@ class TritonBackend:
                     *(tables.measured_tiles, tables.tiles),
                 ),
                 self.device,
-                options.timing == "exact" or options.match_norm or options.max_norm is not None,
+                not options.one_pass(),
             )
             self.launcher.load(self.addresses.dtypes)
             if self.on_gpu:

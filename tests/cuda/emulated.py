@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,7 +89,9 @@ class EmulatedBackend:
             self.library.emulated_new(
                 (ctypes.c_int32 * count)(*(slot.layer for slot in plan.slots)),
                 (ctypes.c_int64 * count)(*(slot.numel for slot in plan.slots)),
+                (ctypes.c_int32 * count)(*(slot.bucket_log2 for slot in plan.slots)),
                 (ctypes.c_int64 * count)(*(slot.first_bucket for slot in plan.slots)),
+                (ctypes.c_uint32 * count)(*(slot.first_word for slot in plan.slots)),
                 ctypes.c_int64(count),
                 ctypes.c_int64(len(plan.layers)),
                 (ctypes.c_double * len(values))(*values),
@@ -114,6 +117,28 @@ class EmulatedBackend:
         gradients = self.reader.read(only, walked)
         if isinstance(gradients, Outcome):
             return gradients
+        self.launch(gradients, grad_scale, found_inf, unscale, None)
+        self.reader.write_back()
+        return Outcome.DONE
+
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        sums: Tensor,
+    ) -> None:
+        self.launch(gradients, grad_scale, found_inf, unscale, sums)
+
+    def launch(
+        self,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        sums: Tensor | None,
+    ) -> None:
         given = [g if g is not None and g.numel() else None for g in gradients]
         dtypes = [DTYPES.index(g.dtype) if g is not None else 0 for g in given]
         launches = self.library.emulated_step(
@@ -123,6 +148,7 @@ class EmulatedBackend:
             pointer(grad_scale),
             pointer(found_inf),
             int(unscale),
+            pointer(sums),
             self.capacity,
             self.blocks,
             int(self.cooperative),
@@ -130,8 +156,6 @@ class EmulatedBackend:
         )
         assert launches > 0, "a ticket was left over"
         type(self).launches = launches
-        self.reader.write_back()
-        return Outcome.DONE
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:

@@ -136,11 +136,13 @@ void poison(std::vector<T>& values) {
 
 extern "C" {
 
-void* emulated_new(const int32_t* layer, const int64_t* numel, const int64_t* first_bucket,
-                   int64_t tensors, int64_t layers, const double* options, const double* windows,
+void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bucket_log2,
+                   const int64_t* first_bucket, const uint32_t* first_word, int64_t tensors, int64_t layers, const double* options, const double* windows,
                    double* values, float* sketch, int64_t buckets, int32_t* parity) {
-  auto* e = new Emulated{{{layer, layer + tensors}, {numel, numel + tensors},
-                          {first_bucket, first_bucket + tensors}, layers, kTileElements}};
+  std::vector<TensorInfo> infos;
+  for (int64_t t = 0; t < tensors; ++t)
+    infos.push_back({numel[t], 0, first_bucket[t], layer[t], bucket_log2[t], first_word[t]});
+  auto* e = new Emulated{Layout(infos, layers, kTileElements)};
   e->tables = make_tables(e->layout);
   Config& c = e->args.config;
   c.measure = static_cast<Measure>(options[0]);
@@ -185,8 +187,8 @@ void emulated_delete(void* engine) { delete static_cast<Emulated*>(engine); }
 
 // Returns the number of launches, or -1 if a ticket is left over.
 int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
-                  const float* grad_scale, float* found_inf, int unscale, int capacity,
-                  int blocks, int cooperative, uint32_t seed) {
+                  const float* grad_scale, float* found_inf, int unscale, LayerSums* sums,
+                  int capacity, int blocks, int cooperative, uint32_t seed) {
   auto& e = *static_cast<Emulated*>(engine);
   emulator::random_order.seed(seed);
   poison(e.tiles), poison(e.groups), poison(e.layers), poison(e.scores), poison(e.amplified);
@@ -199,8 +201,11 @@ int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
   a.grad_scale = grad_scale;
   a.found_inf = found_inf;
   a.unscale = unscale && grad_scale;
+  a.exports = sums != nullptr;
+  a.work.layers = sums ? sums : e.layers.data();
   a.write_in_first_phase = !two_phases;
-  const int64_t tensors = norm || a.unscale ? e.layout.num_tensors() : e.layout.measured;
+  const bool with_excluded = (norm || a.unscale) && !(two_phases && sums);
+  const int64_t tensors = with_excluded ? e.layout.num_tensors() : e.layout.measured;
   const std::vector<Chunk> chunks = make_chunks(e.layout, tensors, capacity);
   int launches = 0;
   const auto phase = [&](Phases phases) {
@@ -215,7 +220,7 @@ int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
       ++launches;
     }
   };
-  if (!two_phases) {
+  if (!two_phases || sums) {
     phase(kMeasure);
   } else if (cooperative && chunks.size() == 1) {
     phase(kBoth);

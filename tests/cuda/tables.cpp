@@ -22,14 +22,10 @@ void print_chunks(const gradamp::Layout& layout, int64_t tensors, int capacity) 
 
 int main(int argc, char** argv) {
   using namespace gradamp::cuda;
-  std::vector<int32_t> layer;
-  std::vector<int64_t> numel;
-  for (int i = 2; i + 1 < argc; i += 2) {
-    layer.push_back(std::atoi(argv[i]));
-    numel.push_back(std::atoll(argv[i + 1]));
-  }
-  const gradamp::Layout layout(layer, numel, std::vector<int64_t>(numel.size(), 0),
-                               std::atoll(argv[1]), kTileElements);
+  std::vector<gradamp::TensorInfo> tensors;
+  for (int i = 2; i + 1 < argc; i += 2)
+    tensors.push_back({.numel = std::atoll(argv[i + 1]), .layer = std::atoi(argv[i])});
+  const gradamp::Layout layout(tensors, std::atoll(argv[1]), kTileElements);
   const HostTables tables = make_tables(layout);
   std::printf("{\"groups\": %d, \"layers\": [", tables.groups);
   for (size_t l = 0; l < tables.layers.size(); ++l) {

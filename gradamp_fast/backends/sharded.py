@@ -1,0 +1,229 @@
+"""Steps on gradients that are spread over processes: measured here, added up, committed alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import reference
+from ..gradients import GradientReader, Outcome
+from ..options import Options
+from ..plan import Plan
+from ..reference import Sums
+from ..shards import group_of
+from ..state import FIELDS, GLOBALS, State
+
+# Below this share of the sum of squares a sum of squared deviations is rounding of the former.
+_RESOLUTION = 1e-13
+
+
+class Measuring(Protocol):
+    """What a backend has that can serve here, beside what every ``Backend`` has."""
+
+    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
+
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        sums: Tensor,
+    ) -> None:
+        """A step up to its sums; nothing is committed.
+
+        Flat gradients, one or None for each slot, are multiplied by what stood before the step
+        if ``Options.one_pass()``, and unless ``found_inf`` is set. Each tensor's new running
+        means go to the row of the sketch that is not in use. ``sums``, fp64 [layers + 1, 7], gets
+        ``reference.Sums`` of each layer; its last row may hold anything.
+        """
+        ...
+
+
+class ShardedBackend:
+    """Makes the steps of a plan some of whose parameters are DTensors.
+
+    A backend measures the parts that are here, and multiplies them where that needs no sums. One
+    all-reduce over all processes that hold parts adds up every layer; then each process commits
+    the same numbers. A part that several processes hold counts in each of them divided by their
+    number. So all processes get the same bits, and what one of them alone found to be non-finite
+    is known to all. Where nothing waits for the sums the all-reduce runs on until ``settle``.
+    """
+
+    def __init__(
+        self, measuring: type[Measuring], plan: Plan, state: State, options: Options
+    ) -> None:
+        self.plan, self.state, self.options = plan, state, options
+        self.reader = GradientReader(plan, state.device)
+        self.group = group_of(slot.shard for slot in plan.slots if slot.shard is not None)
+        self.copies = [
+            self.group.size() if slot.shard is None else slot.shard.copies for slot in plan.slots
+        ]
+        parts = _parts(plan, self.copies)
+        owners = {
+            part.layer: (slot.layer, copies)
+            for part, slot, copies in zip(parts.slots, plan.slots, self.copies, strict=True)
+            if slot.layer >= 0
+        }
+        layers = [layer for layer, _ in owners.values()]
+        self.part_layer = torch.tensor(layers, device=state.device)
+        self.part_copies = state.values.new_tensor([[copies] for _, copies in owners.values()])
+        self.members = _members(layers).to(state.device)
+        # What the measuring backend sees of the state: the same sketch, a row for each part.
+        self.seen = copy.copy(state)
+        self.seen.values = state.values.new_zeros(len(GLOBALS) + len(FIELDS) * len(layers))
+        self.sums = state.values.new_zeros((len(layers) + 1, len(Sums._fields)))
+        self.measuring = measuring(parts, self.seen, options)
+        self._pending: Callable[[], Tensor] | None = None
+
+    def step(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        only: bytes | None,
+        walked: bool,
+    ) -> Outcome:
+        gradients = self.reader.read(only, walked)
+        if isinstance(gradients, Outcome):
+            return gradients
+        self.settle()
+        state, options = self.state, self.options
+        factor = reference.active_factor(state, options).clone()
+
+        def start(inverse: Tensor, halted: Tensor) -> Callable[[], tuple[Sums, Tensor]]:
+            self._measure(gradients, grad_scale, found_inf, unscale)
+            return self._add_up(gradients, inverse, halted)
+
+        if options.one_pass():
+            halted = reference.is_marked(state, found_inf)
+            added_up = start(reference.inverse_scale(state, grad_scale), halted)
+            measured = reference.touched(self.plan, gradients)
+
+            def commit() -> Tensor:
+                return reference.commit(state, options, added_up()[0], measured, factor, halted)
+
+            self._pending = commit
+            if found_inf is not None:
+                reference.mark(found_inf, self._pending())
+                self._pending = None
+        else:
+            reference.step(
+                self.plan,
+                state,
+                options,
+                gradients,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                unscale=unscale,
+                statistics=lambda inverse, halted: start(inverse, halted)(),
+            )
+        self.reader.write_back()
+        # A DTensor has a version of its own; which ones were written is known on the device only.
+        torch.autograd.graph.increment_version(
+            [
+                gradient
+                for slot in self.plan.slots
+                if slot.shard is not None and (gradient := slot.parameter.grad) is not None
+            ]
+        )
+        return Outcome.DONE
+
+    def settle(self) -> None:
+        """Waits for the sums of the last step, if they are under way, and commits them."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending()
+
+    def found_anywhere(self, layers: Sequence[int]) -> list[int]:
+        """The layers that some process gives. A collective, and waits for the device."""
+        found = torch.zeros(len(self.plan.layers), device=self.state.device)
+        found[list(layers)] = 1.0
+        dist.all_reduce(found, group=self.group)
+        return found.nonzero().flatten().tolist()
+
+    def _measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+    ) -> None:
+        self.seen.values[: len(GLOBALS)] = self.state.values[: len(GLOBALS)]
+        self.seen.layers.copy_(self.state.layers[self.part_layer])
+        self.measuring.measure(gradients, grad_scale, found_inf, unscale, self.sums)
+
+    def _add_up(
+        self, gradients: Sequence[Tensor | None], inverse: Tensor, halted: Tensor
+    ) -> Callable[[], tuple[Sums, Tensor]]:
+        """Starts the all-reduce; what is returned waits for it.
+
+        That is every layer's sums, and the sum of squares of excluded gradients.
+        """
+        rows = additive(self.sums[:-1]) / self.part_copies
+        last = torch.zeros_like(rows[:1])
+        table = torch.cat((rows, last))[self.members].sum(dim=1)
+        if self.options.needs_norm():
+            excluded = reference.excluded_squares(self.plan, gradients, inverse, self.copies)
+            last[:, Sums._fields.index("m2")] = excluded
+        table = torch.cat((table, last)).masked_fill_(halted, torch.nan)
+        work = dist.all_reduce(table, group=self.group, async_op=True)
+
+        def wait() -> tuple[Sums, Tensor]:
+            work.wait()
+            return not_additive(table[:-1]), table[-1, Sums._fields.index("m2")]
+
+        return wait
+
+
+# ---- sums that can be added ---------------------------------------------------------
+
+
+def additive(rows: Tensor) -> Tensor:
+    """Count, mean and squared deviations as count, sum and sum of squares: [n, 7] -> [n, 7]."""
+    numel, mean, m2, *sketch = rows.unbind(1)
+    return torch.stack((numel, numel * mean, m2 + numel * mean.square(), *sketch), dim=1)
+
+
+def not_additive(table: Tensor) -> Sums:
+    """The reverse, of sums over processes. fp64 keeps ten digits of m2 where |mean| is 1000 times
+    the deviation; what is less than all digits of the squares resolve is none."""
+    numel, total, squares, *sketch = table.unbind(1)
+    mean = torch.where(numel == 0, 0.0, total / numel)
+    m2 = squares - numel * mean.square()
+    return Sums(numel, mean, torch.where(m2 < _RESOLUTION * squares, 0.0, m2), *sketch)
+
+
+# ---- parts of layers ----------------------------------------------------------------
+
+
+def _parts(plan: Plan, copies: Sequence[int]) -> Plan:
+    """The same slots in finer layers: neighbours that as many processes hold."""
+    numbers: list[int] = []
+    for index, slot in enumerate(plan.slots[: plan.measured]):
+        like_last = index > 0 and (slot.layer, copies[index]) == (
+            plan.slots[index - 1].layer,
+            copies[index - 1],
+        )
+        numbers.append(numbers[-1] + (not like_last) if numbers else 0)
+    numbers += [-1] * (len(plan.slots) - plan.measured)
+    count = max(numbers) + 1
+    return replace(
+        plan,
+        layers=tuple(map(str, range(count))),
+        layer_numel=(0,) * count,
+        slots=tuple(replace(s, layer=n) for s, n in zip(plan.slots, numbers, strict=True)),
+    )
+
+
+def _members(layers: Sequence[int]) -> Tensor:
+    """Indices of each layer's parts, filled up with the number of parts: int64 [layers, most]."""
+    of = [[p for p, own in enumerate(layers) if own == layer] for layer in range(layers[-1] + 1)]
+    most = max(map(len, of))
+    return torch.tensor([members + [len(layers)] * (most - len(members)) for members in of])
