@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from . import reference
 from .options import Options
-from .plan import Plan
+from .plan import Plan, Slot
+from .shards import group_of
 from .state import FIELDS, GLOBALS, State
 
-SCHEMA = 1
-_KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches")
+SCHEMA = 2
+_KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
 
 
 def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
@@ -20,8 +24,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
 
     Keys: ``schema``; ``options``; ``fields`` and ``globals``, names of the numbers in
     ``state``; ``layers``, name to number of elements; ``state``: fp64 [globals + layers x
-    fields]; ``sketches``: parameter name to the running means of its buckets, fp32 [buckets].
+    fields]; ``sketches``: parameter name to the running means of its buckets, fp32 [buckets];
+    ``cuts``: of each sharded parameter name, how it is cut, where its parts start, and how many
+    buckets each has. With sharded parameters a collective.
     """
+    sketches, cuts = _put_together(plan, state.means(plan))
     return {
         "schema": SCHEMA,
         "options": options.to_checkpoint(),
@@ -29,7 +36,8 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
         "globals": list(GLOBALS),
         "layers": dict(zip(plan.layers, plan.layer_numel, strict=True)),
         "state": state.values.detach().cpu().clone(),
-        "sketches": {name: means.cpu() for name, means in state.means(plan).items()},
+        "sketches": sketches,
+        "cuts": cuts,
     }
 
 
@@ -47,6 +55,7 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
         )
     _check_options(stored["options"], options)
     _check_layers(stored, plan)
+    parts = _taken_apart(plan, stored)
     values = stored["state"]
     if not isinstance(values, torch.Tensor) or values.shape != state.values.shape:
         raise ValueError("state has the wrong shape for its layers: the state dict is damaged")
@@ -55,7 +64,7 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     rows = values[len(GLOBALS) :].view(-1, len(FIELDS))
     order = {name: index for index, name in enumerate(stored["layers"])}
     state.layers.copy_(rows[[order[name] for name in plan.layers]])
-    state.take_means(plan, stored["sketches"])
+    state.take_means(plan, parts)
     return int(values[GLOBALS.index("epoch")])
 
 
@@ -80,13 +89,95 @@ def _check_layers(stored: Mapping[str, Any], plan: Plan) -> None:
     }
     means: Mapping[str, Any] = stored["sketches"]
     slots = {slot.name: slot for slot in plan.slots[: plan.measured]}
+    cuts = _cuts(stored)
     faults["parameters whose sketch does not fit"] = [
         name
         for name in {**means, **slots}
         if name not in slots
         or not isinstance(means.get(name), torch.Tensor)
-        or means[name].shape != (slots[name].buckets,)
+        or means[name].shape != (_stored_buckets(slots[name], cuts.get(name)),)
     ]
     found = [f"{what}: {', '.join(map(repr, names))}" for what, names in faults.items() if names]
     if found:
         raise ValueError(f"the state dict is of another model; {'; '.join(found)}")
+
+
+# ---- sharded parameters -------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """How a parameter was cut; the same on all processes."""
+
+    name: str
+    how: str  # Shard.how
+    starts: list[int] | None  # Shard.starts
+    buckets: list[int]  # of each part
+
+
+def _cuts(stored: Mapping[str, Any]) -> dict[str, Cut]:
+    return {cut[0]: Cut(*cut) for cut in stored["cuts"]}
+
+
+def _put_together(
+    plan: Plan, means: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[list[Any]]]:
+    """Every tensor's running means, whole, on the CPU, and where they were cut."""
+    together = {name: tensor.cpu() for name, tensor in means.items()}
+    slots = [s for s in plan.slots[: plan.measured] if s.shard is not None]
+    if not slots:
+        return together, []
+    mine = {
+        slot.name: (slot.shard.index, _with_signs_of_the_whole(slot, together[slot.name]))
+        for slot in slots
+        if slot.shard is not None and slot.shard.index >= 0
+    }
+    group = group_of(slot.shard for slot in plan.slots if slot.shard is not None)
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    cuts: list[list[Any]] = []
+    for slot in slots:
+        assert slot.shard is not None
+        of = dict(parts[slot.name] for parts in everyone if slot.name in parts)
+        parts = [of[index] for index in sorted(of)]
+        together[slot.name] = torch.cat(parts)
+        starts = None if slot.shard.starts is None else list(slot.shard.starts)
+        cuts.append(list(Cut(slot.name, slot.shard.how, starts, [p.numel() for p in parts])))
+    return together, cuts
+
+
+def _taken_apart(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """This process's part of each tensor's running means. ValueError if they were cut amiss."""
+    cuts = _cuts(stored)
+    parts = {}
+    for slot in plan.slots[: plan.measured]:
+        cut, whole = cuts.get(slot.name), stored["sketches"][slot.name]
+        how = None if slot.shard is None else slot.shard.how
+        if how == (cut and cut.how):
+            before = sum(cut.buckets[: slot.shard.index]) if cut and slot.shard else 0
+        elif slot.seamless and (cut is None or slot.may_be_cut_at(cut.starts)):
+            before = (0 if slot.shard is None else slot.shard.first) >> slot.bucket_log2
+        else:
+            raise ValueError(
+                f"the sketch of parameter {slot.name!r} was cut as {cut.how if cut else 'whole'} "
+                f"and cannot be cut as {how or 'whole'}: both would have to cut dimension 0 at "
+                f"multiples of {slot.cut_unit} elements; load it with the processes and placements "
+                "that it was saved with"
+            )
+        parts[slot.name] = _with_signs_of_the_whole(slot, whole[before:][: slot.buckets])
+    return parts
+
+
+def _stored_buckets(slot: Slot, cut: Cut | None) -> int:
+    return -(-slot.total >> slot.bucket_log2) if cut is None else sum(cut.buckets)
+
+
+def _with_signs_of_the_whole(slot: Slot, means: Tensor) -> Tensor:
+    """Buckets of one element, between the signs of this part and those of the whole tensor.
+
+    A part's signs begin with a word of 32, wherever it begins.
+    """
+    if slot.bucket_log2 > 0 or slot.shard is None or slot.shard.starts is None:
+        return means
+    skipped = slot.shard.first - 32 * slot.first_word
+    signs = reference.signs(skipped + slot.numel, means.device, slot.first_word)
+    return means * (signs[skipped:] * signs[: slot.numel])

@@ -42,19 +42,24 @@ class Slot:
         return -(-self.numel >> self.bucket_log2)
 
     @property
+    def cut_unit(self) -> int:
+        """Parts of the tensor that begin at its multiples have the buckets of the whole."""
+        return max(1 << self.bucket_log2, SIGN_WORD) if self.bucket_log2 else 1
+
+    @property
     def first_word(self) -> int:
         """Of the signs: the index of the first element that is here, divided by 32."""
         return 0 if self.shard is None else self.shard.first // SIGN_WORD
 
     @property
     def seamless(self) -> bool:
-        """Whether the parts' buckets and signs, one after another, are those of the whole."""
-        if self.shard is None:
-            return True
-        unit = max(1 << self.bucket_log2, SIGN_WORD) if self.bucket_log2 else 1
-        starts = self.shard.starts
+        """Whether the parts' buckets, one after another, are those of the whole tensor."""
+        return self.shard is None or self.may_be_cut_at(self.shard.starts)
+
+    def may_be_cut_at(self, starts: Sequence[int] | None) -> bool:
+        """Whether parts that start there have the buckets and signs of the whole tensor."""
         return starts is not None and all(
-            start % unit == 0 for start in starts if start < self.total
+            start % self.cut_unit == 0 for start in starts if start < self.total
         )
 
     def is_like(self, other: Slot) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "gradamp_fast", "oracle"]
 # A process that waits in vain, for another that failed, gives up after this.
 PATIENCE = datetime.timedelta(seconds=60)
 
@@ -22,7 +23,8 @@ def run(function: Callable[..., Any], processes: int, folder: Path, *args: Any) 
 
     The function is one of a module's; ``folder`` is empty. Fails with the first traceback.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # imports what takes long once, for all tests
+    context.set_forkserver_preload(PRELOADED)
     children = [
         context.Process(target=_child, args=(function, rank, processes, str(folder), args))
         for rank in range(processes)
