@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "gradamp_fast", "oracle"]
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "gradamp_fast",
+    "oracle",
+]
 # A process that waits in vain, for another that failed, gives up after this.
 PATIENCE = datetime.timedelta(seconds=60)
 
