@@ -159,9 +159,9 @@ def _taken_apart(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Tensor]:
         else:
             raise ValueError(
                 f"the sketch of parameter {slot.name!r} was cut as {cut.how if cut else 'whole'} "
-                f"and cannot be cut as {how or 'whole'}: both would have to cut dimension 0 at "
-                f"multiples of {slot.cut_unit} elements; load it with the processes and placements "
-                "that it was saved with"
+                f"and cannot be cut as {how or 'whole'}: both would have to cut dimension 0 alone, "
+                f"at multiples of {slot.cut_unit} elements; load it with the processes and "
+                "placements that it was saved with"
             )
         parts[slot.name] = _with_signs_of_the_whole(slot, whole[before:][: slot.buckets])
     return parts

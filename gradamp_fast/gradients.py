@@ -137,9 +137,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 def _gradient(slot: Slot) -> Tensor | None:
     gradient = slot.parameter.grad if slot.parameter.requires_grad else None
-    if gradient is None or slot.shard is None:
+    if gradient is None or (slot.shard is None and not is_dtensor(gradient)):
         return gradient
     what = f"the gradient of {slot.name!r}"
+    if slot.shard is None:
+        raise TypeError(f"{what} is a DTensor, the parameter a plain tensor")
     if not is_dtensor(gradient):
         raise TypeError(f"{what} is a plain tensor, the parameter a DTensor")
     refuse_partial(what, gradient)

@@ -102,18 +102,18 @@ def _prepare_fsdp(model: nn.Module) -> None:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:  # then there is no such module
         return
-    for path, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
         elif isinstance(module, fsdp.FullyShardedDataParallel):
             whole = module.sharding_strategy == fsdp.ShardingStrategy.NO_SHARD
-            for name, parameter in module.named_parameters():
+            for name, parameter in named_parameters(module):
                 if isinstance(parameter, fsdp.FlatParameter) or not whole:
                     raise TypeError(
-                        f"{name!r} of the module {path!r} is sharded by FullyShardedDataParallel, "
-                        "whose flat pieces do not tell which layer an element is of: wrap with "
-                        "torch.distributed.fsdp.fully_shard (FSDP2) instead, or with "
-                        "use_orig_params=True and ShardingStrategy.NO_SHARD"
+                        f"parameter {name!r} is sharded by FullyShardedDataParallel, whose flat "
+                        "pieces do not tell which layer an element is of: use "
+                        "torch.distributed.fsdp.fully_shard (FSDP2) instead, or "
+                        "use_orig_params=True with ShardingStrategy.NO_SHARD"
                     )
 
 

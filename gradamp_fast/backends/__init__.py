@@ -81,7 +81,7 @@ def choose(
     else:
         reason = unavailable(name, device)
         if reason is None and name not in able:
-            reason = f"it cannot serve sharded gradients, {', '.join(able)} can"
+            reason = f"it cannot serve sharded gradients; {', '.join(able)} can"
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
         chosen = able[name]
