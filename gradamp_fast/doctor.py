@@ -18,7 +18,8 @@ from . import _extension, backends
 from ._version import __version__
 from .amplifier import Amplifier
 
-_PACKAGES = ("triton", "rich", "matplotlib", "tensorboard")
+_PACKAGES = ("triton", "rich", "matplotlib", "tensorboard", "transformers", "accelerate",
+             "lightning", "timm")  # fmt: skip
 _VARIABLES = ("GRADAMP_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "GRADAMP_CUDA",
               "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDACXX")  # fmt: skip
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,17 @@ TOLERANCE = {
     dtype: Tolerance(written=1e-5 + torch.finfo(dtype).eps) for dtype in (*REALS, *COMPLEX)
 }
 BASE = TOLERANCE[torch.float32]
+
+
+def missing_libraries(code: str) -> list[str]:
+    """Libraries that some code imports and that are not installed."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return sorted({name.split(".")[0] for name in names if find_spec(name.split(".")[0]) is None})
 
 
 # ---- backends -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -12,10 +13,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cases import missing_libraries
 
 from gradamp_fast import _extension
 
@@ -76,9 +79,14 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
+    missing: list[str] = []
     for block in blocks(page):
         if block.language == "python":
-            block.run(page, names)
+            missing += missing_libraries(block.text)
+            if not missing_libraries(block.text):
+                block.run(page, names)
+    if missing:
+        pytest.skip(f"some blocks did not run; not installed: {', '.join(missing)}")
 
 
 def test_the_change_to_a_training_loop_works() -> None:
@@ -242,6 +250,31 @@ def without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"ImportError: {raised.value}"
 
 
+def without_a_stack(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = "gradamp_fast.integrations.huggingface"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError) as raised:
+        importlib.import_module(name)
+    return f"ImportError: {raised.value}"
+
+
+def resumed_without_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A Trainer that clips resumes a run that had no callback."""
+    pytest.importorskip("transformers")
+    from gradamp_fast.integrations.huggingface import GradientAmplificationCallback
+
+    args = SimpleNamespace(max_grad_norm=1.0)
+    state = SimpleNamespace(epoch=1.0, global_step=3, stateful_callbacks={})
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = GradientAmplificationCallback()
+        callback.on_train_begin(args, state, None, model=model, optimizer=optimizer)
+    return "\n".join(f"{w.category.__name__}: {w.message}" for w in caught)
+
+
 ELSEWHERE: dict[str, Callable[[Path, pytest.MonkeyPatch], str | None]] = {
     "It was built for another torch": built_for_another_torch,
     "There is no compiled extension": without_binary,
@@ -249,6 +282,9 @@ ELSEWHERE: dict[str, Callable[[Path, pytest.MonkeyPatch], str | None]] = {
     "No nvcc": without_nvcc,
     "An unknown architecture": unknown_architecture,
     "A value of GRADAMP_CUDA": unknown_wish,
+    "A stack is missing": without_a_stack,
+    "The Trainer clips first": resumed_without_state,
+    "A checkpoint from before amplification": resumed_without_state,
     "matplotlib is missing": without_matplotlib,
 }
 
