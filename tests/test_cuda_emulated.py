@@ -17,6 +17,7 @@ import torch
 from cases import COMPLEX, REALS, SHAPES, Place, Stream, Twin, bare, same_bits
 from cuda.emulated import EmulatedBackend, compiled
 from test_determinism import digest
+from test_shards import CUTS, check_left_alone, check_parts
 
 from gradamp_fast import backends
 
@@ -140,3 +141,16 @@ def test_launches(emulated: Any) -> None:
         amplifier.step()
         assert emulated.launches == expected, (options, capacity)
         del amplifier
+
+
+@pytest.mark.parametrize(("numel", "starts"), CUTS)
+@pytest.mark.parametrize("dtype", REALS, ids=str)
+def test_parts_of_a_sharded_gradient(
+    emulated: Any, numel: int, starts: tuple[int, ...], dtype: Any
+) -> None:
+    check_parts(emulated, numel, starts, dtype)
+
+
+def test_a_part_that_is_not_to_be_written(emulated: Any) -> None:
+    for emulated.cooperative in (True, False):
+        check_left_alone(emulated)
