@@ -1,9 +1,13 @@
-"""Runs a function in several processes that can talk to each other."""
+"""Runs a function, or a script, in several processes that can talk to each other."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import os
+import runpy
+import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +31,24 @@ PATIENCE = datetime.timedelta(seconds=60)
 def run(function: Callable[..., Any], processes: int, folder: Path, *args: Any) -> list[Any]:
     """``function(rank, *args)`` in each of the processes, joined by gloo; what each returns.
 
-    The function is one of a module's; ``folder`` is empty. Fails with the first traceback.
+    The function is one of a module's; ``folder`` is empty. Fails with every traceback.
     """
+    return _run(_joined, processes, folder, function, args)
+
+
+def run_script(script: Path, processes: int, folder: Path) -> list[str]:
+    """A script with the environment that torchrun makes for it; what each process prints."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    return _run(_script, processes, folder, str(script), port)
+
+
+def _run(body: Callable[..., Any], processes: int, folder: Path, *args: Any) -> list[Any]:
     context = mp.get_context("forkserver")  # imports what takes long once, for all tests
     context.set_forkserver_preload(PRELOADED)
     children = [
-        context.Process(target=_child, args=(function, rank, processes, str(folder), args))
+        context.Process(target=_child, args=(body, rank, processes, str(folder), *args))
         for rank in range(processes)
     ]
     for child in children:
@@ -47,19 +63,32 @@ def run(function: Callable[..., Any], processes: int, folder: Path, *args: Any) 
     ]
 
 
-def _child(
-    function: Callable[..., Any], rank: int, processes: int, folder: str, args: tuple[Any, ...]
-) -> None:
+def _child(body: Callable[..., Any], rank: int, processes: int, folder: str, *args: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
+    try:
+        torch.save(body(rank, processes, folder, *args), f"{folder}/returned.{rank}")
+    except BaseException:
+        Path(folder, f"failed.{rank}").write_text(traceback.format_exc())
+        raise
+
+
+def _joined(
+    rank: int, processes: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     store = f"file://{folder}/store"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=processes, timeout=PATIENCE
     )
     try:
-        torch.save(function(rank, *args), f"{folder}/returned.{rank}")
-    except BaseException:
-        Path(folder, f"failed.{rank}").write_text(traceback.format_exc())
-        raise
+        return function(rank, *args)
     finally:
         dist.destroy_process_group()
+
+
+def _script(rank: int, processes: int, folder: str, script: str, port: int) -> str:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(script, run_name="__main__")
+    return printed.getvalue()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run
+from distributed import run, run_script
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +19,7 @@ from gradamp_fast import Amplifier
 if not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK: dict[str, Any] = {"min_steps": 2, "refresh": 2, "decay": 0.9}
 
 
@@ -171,3 +172,11 @@ def test_a_failure_in_one_process_is_told(tmp_path: Path) -> None:
 
 def failing(rank: int) -> None:
     assert rank == 0, "only here"
+
+
+@pytest.mark.parametrize(("name", "steps"), [("ddp", 50), ("fsdp2", 100)])
+def test_example(name: str, steps: int, tmp_path: Path) -> None:
+    first, second = run_script(ROOT / "examples" / f"{name}.py", 2, tmp_path)
+    assert "of 3 layers selected" in first
+    assert f"{steps} steps, 0 skipped" in first
+    assert second == ""
