@@ -3,6 +3,7 @@
 from ._version import __version__
 from .amplifier import Amplifier
 from .drop_in import fused_amplify, reset
+from .grad_scaler import GradScaler
 from .history import History
 from .options import Options
 from .report import LayerReport, Report
@@ -10,6 +11,7 @@ from .schedule import Schedule
 
 __all__ = [
     "Amplifier",
+    "GradScaler",
     "History",
     "LayerReport",
     "Options",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import backends, checkpoint, reference
-from .attach import Attachment, innermost
+from .attach import Attachment, Part, attachments, innermost
 from .backends.sharded import ShardedBackend
 from .export import ScalarWriter, log_scalars
 from .gradients import Outcome, is_finite, state_device
@@ -48,7 +48,7 @@ class Amplifier:
         self.options = Options.make(options)
         self._model = weakref.ref(unwrap(model))
         self._excluded: frozenset[int] = frozenset()
-        self._attachments: weakref.WeakSet[Attachment] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
         self._owned: list[int] = []
         self._plan = find_layers(unwrap(model), self.options)
         self._backend: backends.Stepping | None = None
@@ -301,7 +301,7 @@ class Amplifier:
     @property
     def attached(self) -> bool:
         """Whether an optimizer calls ``step`` by itself."""
-        return any(attachment.active for attachment in self._attachments)
+        return bool(attachments(self))
 
     def reset(self) -> None:
         """Back to before the first step, in place: no epoch is set, ``factor`` is the option's.

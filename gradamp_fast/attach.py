@@ -45,32 +45,87 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-class Attachment:
-    """Handle of ``Amplifier.attach``; ``remove()`` ends it.
-
-    The optimizer's hook keeps it alive, and it the amplifier.
-    """
+class Part:
+    """What one optimizer holds of an amplifier's parameters, and which it wants amplified."""
 
     def __init__(self, amplifier: Amplifier, optimizer: Optimizer) -> None:
         self.amplifier = amplifier
         self._optimizer = weakref.ref(optimizer)
         self._seen = _groups(optimizer)
         self._mask: tuple[Plan, bytes | None] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the optimizer's wishes still count."""
+        return self._optimizer() is not None
+
+    def begin(self) -> None:
+        """From here on groups with ``"amplify": False`` are left out; all or nothing."""
+        self.amplifier._parts.add(self)
+        try:
+            self.amplifier._exclude(self._left_out_by_all())
+        except ValueError:
+            self.amplifier._parts.discard(self)
+            raise
+
+    def end(self) -> None:
+        self.amplifier._parts.discard(self)
+        self.amplifier._exclude(self._left_out_by_all())
+
+    def refresh(self, optimizer: Optimizer) -> bool:
+        """Looks at the groups again; whether they changed."""
+        seen = _groups(optimizer)
+        if seen == self._seen:
+            return False
+        self._seen, self._mask = seen, None
+        self.amplifier._exclude(self._left_out_by_all())
+        return True
+
+    def only(self, plan: Plan) -> bytes | None:
+        """A byte for each slot, 1 if the optimizer holds it; None if it holds all."""
+        if self._mask is None or self._mask[0] is not plan:
+            optimizer = self._optimizer()
+            assert optimizer is not None
+            parameters = _parameters(optimizer)
+            held = [id(slot.parameter) in parameters for slot in plan.slots]
+            self._mask = plan, None if all(held) else bytes(held)
+        return self._mask[1]
+
+    def _left_out_by_all(self) -> frozenset[int]:
+        """Ids of the parameters that the amplifier's optimizers do not want amplified."""
+        optimizers = [part._optimizer() for part in self.amplifier._parts if part.active]
+        return frozenset(
+            id(p)
+            for optimizer in optimizers
+            if optimizer is not None
+            for group in optimizer.param_groups
+            if not group.get("amplify", True)
+            for p in group["params"]
+        )
+
+
+class Attachment(Part):
+    """Handle of ``Amplifier.attach``; ``remove()`` ends it.
+
+    The optimizer's hook keeps it alive, and it the amplifier.
+    """
+
+    def __init__(self, amplifier: Amplifier, optimizer: Optimizer) -> None:
+        super().__init__(amplifier, optimizer)
         if not getattr(type(optimizer).step, "hooked", False):
             raise TypeError(
                 f"{type(optimizer).__name__}.step() calls no hooks, so nothing would be amplified: "
                 "attach to the optimizer inside it, or let it call Optimizer.__init__"
             )
-        if any(other.serves(optimizer) for other in amplifier._attachments):
+        if any(other.serves(optimizer) for other in attachments(amplifier)):
             raise ValueError("the amplifier is attached to this optimizer already")
         plan = amplifier._plan
         ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}
         if ours.isdisjoint(_parameters(optimizer)):
             raise ValueError("the optimizer holds no parameter of the amplifier's model")
         self._hook = optimizer.register_step_pre_hook(self._before_step)
-        amplifier._attachments.add(self)
         try:
-            amplifier._exclude(self._left_out_by_all())
+            self.begin()
         except ValueError:
             self._hook.remove()
             raise
@@ -88,61 +143,51 @@ class Attachment:
     def remove(self) -> None:
         """The optimizer's steps no longer amplify."""
         self._hook.remove()
-        self.amplifier._attachments.discard(self)
-        self.amplifier._exclude(self._left_out_by_all())
+        self.end()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """``args`` begins with the optimizer; a closure makes the gradients after this call."""
-        if len(args) > 1 and args[1] is not None:
-            return (args[0], self._amplified(optimizer, args[1]), *args[2:]), kwargs
-        if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": self._amplified(optimizer, kwargs["closure"])}
-        self._step(optimizer)
-        return None
-
-    def _amplified(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def amplified_closure() -> Any:
-            loss = closure()
-            self._step(optimizer)
-            return loss
-
-        return amplified_closure
+        """``args`` begins with the optimizer."""
+        return after_backward(lambda: self._step(optimizer), args, kwargs)
 
     def _step(self, optimizer: Optimizer) -> None:
-        seen = _groups(optimizer)
-        if seen != self._seen:
-            self._seen, self._mask = seen, None
-            self.amplifier._exclude(self._left_out_by_all())
+        self.refresh(optimizer)
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)
             found_inf = getattr(optimizer, "found_inf", None)
-            self.amplifier._step(scale, found_inf, False, self._only)
+            self.amplifier._step(scale, found_inf, False, self.only)
         else:
-            self.amplifier._step(None, None, True, self._only)
+            self.amplifier._step(None, None, True, self.only)
 
-    def _left_out_by_all(self) -> frozenset[int]:
-        """Ids of the parameters that attached optimizers do not want amplified."""
-        optimizers = [a._optimizer() for a in self.amplifier._attachments if a.active]
-        return frozenset(
-            id(p)
-            for optimizer in optimizers
-            if optimizer is not None
-            for group in optimizer.param_groups
-            if not group.get("amplify", True)
-            for p in group["params"]
-        )
 
-    def _only(self, plan: Plan) -> bytes | None:
-        """A byte for each slot, 1 if the optimizer holds it; None if it holds all."""
-        if self._mask is None or self._mask[0] is not plan:
-            optimizer = self._optimizer()
-            assert optimizer is not None
-            parameters = _parameters(optimizer)
-            held = [id(slot.parameter) in parameters for slot in plan.slots]
-            self._mask = plan, None if all(held) else bytes(held)
-        return self._mask[1]
+def attachments(amplifier: Amplifier) -> list[Attachment]:
+    """Those that still step the amplifier."""
+    return [p for p in amplifier._parts if isinstance(p, Attachment) and p.active]
+
+
+def after_backward(
+    step: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Steps now, or after each call of the closure if ``optimizer.step``'s arguments hold one.
+
+    ``args`` begins with the optimizer. Returns the arguments with the closure that does so.
+    """
+
+    def stepping(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_and_step() -> Any:
+            loss = closure()
+            step()
+            return loss
+
+        return closure_and_step
+
+    if len(args) > 1 and args[1] is not None:
+        return (args[0], stepping(args[1]), *args[2:]), kwargs
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": stepping(kwargs["closure"])}
+    step()
+    return None
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

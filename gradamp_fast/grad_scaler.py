@@ -1,0 +1,165 @@
+"""Loss scaling whose unscaling is the amplifier's step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from .amplifier import Amplifier
+from .attach import Part, after_backward, attachments, warn_if_scale_invariant
+from .plan import Plan
+
+
+class GradScaler(torch.amp.GradScaler):
+    """A ``torch.amp.GradScaler`` that unscales, checks, measures and amplifies in one step.
+
+    Use it in the place of torch's, and do not step the amplifier as well: ``unscale_(optimizer)``
+    is one step over the optimizer's part of the model, and ``step(optimizer)`` makes it if
+    ``unscale_`` was not called. An optimizer that unscales by itself (``fused=True``) is left to
+    do so, unless ``unscale_`` was called. Parameters of an optimizer that are not the
+    amplifier's, such as another model's, are unscaled and checked as torch does it. With
+    ``enabled=False`` nothing is scaled, and gradients are amplified all the same.
+
+    Args:
+        amplifier: of the model whose loss is scaled. Groups with
+            ``param_group["amplify"] = False`` are left alone.
+        device: torch's, and so are ``init_scale``, ``growth_factor``, ``backoff_factor``,
+            ``growth_interval`` and ``enabled``.
+
+    ``state_dict()`` is torch's; the amplifier has its own. ``unscale_`` and ``step`` raise
+    ValueError for an optimizer that the amplifier is attached to, and warn, as ``attach`` does,
+    for one that a constant factor does not move.
+    """
+
+    def __init__(self, amplifier: Amplifier, device: str = "cuda", **options: Any) -> None:
+        if not isinstance(amplifier, Amplifier):
+            kind = type(amplifier).__name__
+            raise TypeError(f"amplifier must be a gradamp_fast.Amplifier, not a {kind}")
+        super().__init__(device, **options)
+        self.amplifier = amplifier
+        self._parts: weakref.WeakKeyDictionary[Optimizer, _Part] = weakref.WeakKeyDictionary()
+        self._amplified: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unless enabled
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divides the optimizer's gradients by the scale, and amplifies."""
+        if self.is_enabled():
+            super().unscale_(optimizer)
+            return
+        if optimizer in self._amplified:
+            raise RuntimeError("unscale_() has already been called on this optimizer")
+        self._amplify(optimizer)
+        self._amplified.add(optimizer)
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Amplifies unless ``unscale_`` has, then steps the optimizer unless it overflowed."""
+        if not self.is_enabled() and optimizer not in self._amplified:
+            given = after_backward(lambda: self._amplify(optimizer), (optimizer, *args), kwargs)
+            if given is not None:
+                args, kwargs = given[0][1:], given[1]
+        self._amplified.discard(optimizer)
+        return super().step(optimizer, *args, **kwargs)
+
+    def _amplify(self, optimizer: Optimizer) -> None:
+        self.amplifier._step(None, None, True, self._part(optimizer).only)
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """The scaler's only look at the gradients, from ``unscale_``.
+
+        Or, with an inverse of 1 and ``allow_fp16``, from the check for an optimizer that unscales
+        by itself. Returns a ``found_inf`` for each device.
+        """
+        amplifier, part = self.amplifier, self._part(optimizer)
+        amplifier.prepare()
+        split = part.split(optimizer, amplifier._plan)
+        if not allow_fp16 and any(p.dtype == torch.float16 for p in split.measured):
+            raise ValueError("Attempting to unscale FP16 gradients.")
+        ours = [*split.measured, *split.excluded]
+        by_torch = [*split.others, *(p for p in ours if not p.requires_grad)]
+
+        # What the amplifier does not touch comes first, for an overflow there has to skip its
+        # step. What it excludes it does unscale, but it does not check that.
+        found = super()._unscale_grads_(_group(by_torch), inv_scale, found_inf, allow_fp16)
+        if not any(p.requires_grad and p.grad is not None for p in ours):
+            return found
+        checked = [p for p in split.excluded if p.requires_grad]
+        one = torch.ones_like(inv_scale)
+        more = super()._unscale_grads_(_group(checked), one, found_inf, allow_fp16)
+        device = amplifier._state.device
+        total = found_inf.to(device, copy=True)
+        for other in (*found.values(), *more.values()):
+            total += other.to(device, non_blocking=True)
+
+        def only(plan: Plan) -> bytes | None:
+            if plan is split.plan:
+                return part.only(plan)
+            done = {id(p) for p in by_torch}  # bound only now: from the next step on
+            mask = part.only(plan) or bytes([1] * len(plan.slots))
+            return bytes(
+                held and id(slot.parameter) not in done
+                for held, slot in zip(mask, plan.slots, strict=True)
+            )
+
+        assert self._scale is not None
+        scale = self._scale.to(device, non_blocking=True)
+        amplifier._step(scale, total, not allow_fp16, only)
+        return {**found, device: total}
+
+    def _part(self, optimizer: Optimizer) -> _Part:
+        if any(attachment.serves(optimizer) for attachment in attachments(self.amplifier)):
+            raise ValueError(
+                "the amplifier is attached to this optimizer, which would amplify twice: remove "
+                "the handle that attach() returned, or use torch.amp.GradScaler"
+            )
+        part = self._parts.get(optimizer)
+        if part is None:
+            part = self._parts[optimizer] = _Part(self.amplifier, optimizer)
+            part.begin()
+            warn_if_scale_invariant(optimizer, stacklevel=4)
+        part.refresh(optimizer)
+        return part
+
+
+class _Split(NamedTuple):
+    """An optimizer's parameters, by what a plan makes of them."""
+
+    plan: Plan
+    measured: list[Parameter]
+    excluded: list[Parameter]
+    others: list[Parameter]
+
+
+class _Part(Part):
+    """Remembers the split for as long as plan and groups stay."""
+
+    _split: _Split | None = None
+
+    def split(self, optimizer: Optimizer, plan: Plan) -> _Split:
+        if self._split is None or self._split.plan is not plan:
+            layers = {id(slot.parameter): slot.layer for slot in plan.slots}
+            self._split = _Split(plan, [], [], [])
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    layer = layers.get(id(p))
+                    where = 3 if layer is None else 1 if layer >= 0 else 2
+                    cast("list[Parameter]", self._split[where]).append(p)
+        return self._split
+
+    def refresh(self, optimizer: Optimizer) -> bool:
+        changed = super().refresh(optimizer)
+        if changed:
+            self._split = None
+        return changed
+
+
+def _group(parameters: Sequence[Parameter]) -> Any:
+    """What torch's scaler looks at in an optimizer."""
+    return SimpleNamespace(param_groups=[{"params": parameters}])
