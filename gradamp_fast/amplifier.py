@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, reference
+from . import backends, checkpoint, dispatch, reference
 from .attach import Attachment, Part, attachments, innermost
 from .backends.sharded import ShardedBackend
 from .export import ScalarWriter, log_scalars
@@ -57,6 +57,7 @@ class Amplifier:
         self._needs_epoch = self.options.needs_epochs()
         self._warned_empty = False
         self._history = History()
+        self._handle = dispatch.register(self)
 
     # ---- one step -------------------------------------------------------------------
 
@@ -89,6 +90,10 @@ class Amplifier:
         unscale: bool,
         mask: Mask | None,
     ) -> None:
+        if torch.compiler.is_compiling():
+            only = None if mask is None else mask(self._plan)
+            dispatch.traced_step(self, grad_scale, found_inf, unscale, only)
+            return
         if self._needs_epoch:
             raise RuntimeError(
                 'schedule unit "epoch" and refresh="epoch" need set_epoch(epoch) to be called '

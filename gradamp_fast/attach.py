@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -149,7 +150,7 @@ class Attachment(Part):
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """``args`` begins with the optimizer."""
-        return after_backward(lambda: self._step(optimizer), args, kwargs)
+        return after_backward(partial(self._step, optimizer), args, kwargs)
 
     def _step(self, optimizer: Optimizer) -> None:
         self.refresh(optimizer)
@@ -173,21 +174,18 @@ def after_backward(
 
     ``args`` begins with the optimizer. Returns the arguments with the closure that does so.
     """
-
-    def stepping(closure: Callable[[], Any]) -> Callable[[], Any]:
-        def closure_and_step() -> Any:
-            loss = closure()
-            step()
-            return loss
-
-        return closure_and_step
-
     if len(args) > 1 and args[1] is not None:
-        return (args[0], stepping(args[1]), *args[2:]), kwargs
+        return (args[0], partial(_call_and_step, args[1], step), *args[2:]), kwargs
     if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": stepping(kwargs["closure"])}
+        return args, {**kwargs, "closure": partial(_call_and_step, kwargs["closure"], step)}
     step()
     return None
+
+
+def _call_and_step(closure: Callable[[], Any], step: Callable[[], None]) -> Any:
+    loss = closure()
+    step()
+    return loss
 
 
 def _parameters(optimizer: Optimizer) -> set[int]:

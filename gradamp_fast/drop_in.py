@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -44,6 +45,11 @@ def fused_amplify(
     """
     model = unwrap(model)
     kept = _KEPT.get(model)
+    if kept is None and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fused_amplify cannot make its Amplifier inside torch.compile(fullgraph=True): call "
+            "it once before, or make an Amplifier and call its step()"
+        )
     amplifier = Amplifier(model, **options) if kept is None else kept[0]
     if kept is not None and options and options != kept[1]:
         _compare(amplifier, options)
