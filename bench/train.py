@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradamp_fast
-from bench import models
+from bench import controls, models
 from bench.console import watch
 from bench.data import NAMES, Data, DataMissing, load
 
@@ -104,9 +104,10 @@ def train(
 ) -> Result:
     """Trains one model on `data`, on the data's device.
 
-    `amplify` holds the options of `gradamp_fast.Amplifier`; None trains plainly. Runs that differ
-    in nothing but `amplify` start from the same weights and see the same batches. The host waits
-    for the device once an epoch, for the metrics and the report, and never in between.
+    `amplify` holds the options of `bench.controls.make`: those of `gradamp_fast.Amplifier`, and
+    `shuffle`. None trains plainly. Runs that differ in nothing but `amplify` start from the same
+    weights and see the same batches. The host waits for the device once an epoch, for the metrics
+    and the report, and never in between.
     """
     device = data.device
     torch.manual_seed(recipe.seed)
@@ -120,7 +121,7 @@ def train(
         weight_decay=recipe.weight_decay,
         fused=device.type == "cuda",
     )
-    amplifier = None if amplify is None else gradamp_fast.Amplifier(model, **amplify)
+    amplifier = None if amplify is None else controls.make(model, amplify)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     batch = min(recipe.batch, len(data.train_labels))
     steps = data.steps(batch)

@@ -42,7 +42,13 @@ GRADAMP_HD void update_layer(LayerState& s, const LayerSums& x, double decay) {
 
 // ---- score and threshold ------------------------------------------------------------
 
-// Not finite where the layer has no score yet.
+// A number in (0, 1) for each decision and layer, from counters alone.
+GRADAMP_HD double drawn(uint32_t seed, int64_t decision, int64_t layer) {
+  const uint32_t stream = sign_word(sign_word(seed) ^ static_cast<uint32_t>(decision));
+  return (sign_word(stream ^ static_cast<uint32_t>(layer)) + 0.5) / 4294967296.0;
+}
+
+// What is measured; not finite where the layer has no score yet.
 GRADAMP_HD double score(const LayerState& s, Measure measure) {
   if (measure == Measure::kVariance) return s.steps >= 1.0 ? log(s.variance) : NAN;
   if (s.steps < 2.0) return NAN;
@@ -110,12 +116,14 @@ GRADAMP_HD double threshold(const Config& c, const double* scores, int64_t layer
   return c.select == Select::kBelow ? mean - spread : mean + spread;
 }
 
-// Chooses anew which layers are amplified. `scores` is scratch for `layers` doubles.
+// Chooses anew which layers are amplified. `scores` is scratch for `layers` doubles;
+// decisions are numbered so that each draws anew.
 template <class Group>
 GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int64_t layers,
-                       double* scores, Group& group) {
+                       int64_t decision, double* scores, Group& group) {
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
-    const double x = score(states[l], c.measure);
+    const double x = c.measure == Measure::kRandom ? drawn(c.seed, decision, l)
+                                                   : score(states[l], c.measure);
     scores[l] = is_eligible(states[l], x, c.min_steps) ? x : NAN;
   }
   group.barrier();
@@ -183,7 +191,7 @@ GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, cons
   group.barrier();
   const int64_t counted = static_cast<int64_t>(g.step - g.skipped_steps) + 1;
   if (c.refresh > 0 && counted % c.refresh == 0)
-    decide(c, g, states, layers, scratch.scores, group);
+    decide(c, g, states, layers, counted / c.refresh, scratch.scores, group);
   group.barrier();
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     if (c.exact) scratch.amplified[l] = amplification(states[l], factor);

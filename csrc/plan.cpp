@@ -40,6 +40,7 @@ Config read_config(const py::dict& options, const std::vector<Window>& windows) 
   c.decay = number("decay");
   c.min_steps = number("min_steps");
   c.refresh = static_cast<int64_t>(number("refresh"));
+  c.seed = options["seed"].cast<uint32_t>();
   return c;
 }
 

@@ -10,7 +10,7 @@
 
 namespace gradamp {
 
-enum class Measure : int32_t { kFluctuation = 0, kDirection = 1, kVariance = 2 };
+enum class Measure : int32_t { kFluctuation = 0, kDirection = 1, kVariance = 2, kRandom = 3 };
 enum class Threshold : int32_t { kMean = 0, kStd = 1, kQuantile = 2, kNumber = 3 };
 enum class Select : int32_t { kBelow = 0, kAbove = 1 };
 enum class ScheduleUnit : int32_t { kAlways = 0, kEpoch = 1, kStep = 2 };
@@ -35,6 +35,7 @@ struct Config {
   double decay = 0.99;            // 1 stands for decay=None: a plain average
   double min_steps = 100.0;
   int64_t refresh = 100;          // 0: decided outside the step, when the epoch changes
+  uint32_t seed = 0;              // of the draws of Measure::kRandom
 };
 
 struct GlobalState {

@@ -279,12 +279,12 @@ class Amplifier:
         state = self._state
         if self._epoch == epoch:
             return
-        if self.options.refresh == "epoch":
-            reference.decide(state, self.options)
-            if self.options.decay is None:
-                state.restart()
         self._epoch = int(epoch)
         state.scalar("epoch").fill_(self._epoch)
+        if self.options.refresh == "epoch":
+            reference.decide(state, self.options, state.scalar("epoch"))
+            if self.options.decay is None:
+                state.restart()
         self._needs_epoch = False
 
     def attach(self, optimizer: Optimizer) -> Attachment:

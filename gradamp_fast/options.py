@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from ._checks import nearest, one_of
 from .schedule import Schedule
 
-Measure = Literal["fluctuation", "direction", "variance"]
+Measure = Literal["fluctuation", "direction", "variance", "random"]
 ThresholdRule = Literal["mean", "std", "quantile"]
 Select = Literal["below", "above"]
 Timing = Literal["lagged", "exact"]
@@ -31,13 +31,14 @@ class Options:
     Attributes:
         factor: what selected gradients are multiplied by; finite, > 0, not 1.
         measure: the score of a layer: ``"fluctuation"`` (ln F/R, low where gradients agree
-            from step to step), ``"direction"`` (the same, blind to each step's size) or
-            ``"variance"`` (ln V).
+            from step to step), ``"direction"`` (the same, blind to each step's size),
+            ``"variance"`` (ln V) or ``"random"`` (drawn anew from (0, 1) for each decision).
         threshold: over all layers' scores: ``"mean"``, ``"std"``, ``"quantile"`` or a number.
         select: layers ``"below"`` or ``"above"`` the threshold.
         num_std: distance from the mean in standard deviations, for ``threshold="std"``
             (None: 1.0); > 0.
         quantile: which one, for ``threshold="quantile"`` (None: 0.5); in (0, 1).
+        seed: of the draws, for ``measure="random"`` (None: 0); in [0, 2**32).
         decay: of the running means, in [0, 1); None averages since the last restart.
         min_steps: steps a layer needs before it may be selected; >= 1.
         refresh: a decision every so many steps, or ``"epoch"``.
@@ -60,6 +61,7 @@ class Options:
     select: Select = "below"
     num_std: float | None = None
     quantile: float | None = None
+    seed: int | None = None
     decay: float | None = 0.99
     min_steps: int = 100
     refresh: int | Literal["epoch"] = 100
@@ -97,6 +99,13 @@ class Options:
             _check("num_std", self.num_std, lambda x: 0 < x < math.inf, "finite and > 0")
         if self.quantile is not None:
             _check("quantile", self.quantile, lambda x: 0 < x < 1, "in (0, 1)")
+        if self.seed is not None:
+            _check_count("seed", self.seed, "a whole number in [0, 2**32)", 0, 2**32 - 1)
+            if self.measure != "random":
+                raise ValueError(
+                    f"seed={self.seed!r} goes with measure='random' only; "
+                    f"measure is {self.measure!r}"
+                )
         if self.decay is not None:
             _check("decay", self.decay, lambda x: 0 <= x < 1, "None or in [0, 1)")
         _check_count("min_steps", self.min_steps, "a whole number >= 1")
@@ -215,8 +224,14 @@ def _check(option: str, value: object, holds: Callable[[Any], bool], range_: str
         raise ValueError(f"{option}={value!r} is out of range: it must be {range_}")
 
 
-def _check_count(option: str, value: object, range_: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+def _check_count(
+    option: str, value: object, range_: str, least: int = 1, most: float = math.inf
+) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Integral)
+        or not least <= int(value) <= most
+    ):
         near = nearest(value, ("epoch",)) if isinstance(value, str) else ""
         raise ValueError(f"{option}={value!r} is out of range: it must be {range_}{near}")
 

@@ -43,7 +43,7 @@ def heatmap(
         path: the file; its ending says the format (.png, .svg, .pdf).
         show: what the colour is: `"fluctuation"` and `"direction"` around a white 0,
             `"variance"` and `"temporal_variance"` on a logarithmic scale. None: what the
-            amplifier decided by.
+            amplifier decided by, `"fluctuation"` if that was random.
         title: a line on top.
 
     Grey was not measured. A frame marks a cell whose layer was amplified since the report
@@ -55,7 +55,9 @@ def heatmap(
     reports = list(history)
     if not any(report.layers for report in reports):
         raise ValueError("history: holds no layer; call amplifier.record() after every epoch")
-    shown = one_of("show", show or reports[-1].measure, get_args(Shown))
+    measure = reports[-1].measure
+    shown = show or ("fluctuation" if measure == "random" else measure)
+    one_of("show", shown, get_args(Shown))
     names, values, share = _tables(reports, shown)
     figure, scale, axes = _canvas(len(names), len(reports))
     _colours(scale, axes, values, shown)

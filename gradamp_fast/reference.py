@@ -36,15 +36,19 @@ def signs(numel: int, device: torch.device, first_word: int = 0) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _signs(capacity: int, device: torch.device) -> Tensor:
-    """MurmurHash3's 32-bit finaliser of i // 32; bit i % 32 set means minus."""
-    word = torch.arange(capacity // 32, device=device)
+    """Bit i % 32 of the hash of i // 32 set means minus."""
+    word = _hash(torch.arange(capacity // 32, device=device))
+    bits = (word[:, None] >> torch.arange(32, device=device)) & 1
+    return (1 - 2 * bits).to(torch.int8).flatten()
+
+
+def _hash(word: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser of int64 values below 2**32."""
     word = word ^ (word >> 16)
     word = (word * 0x85EBCA6B) & 0xFFFFFFFF
     word = word ^ (word >> 13)
     word = (word * 0xC2B2AE35) & 0xFFFFFFFF
-    word = word ^ (word >> 16)
-    bits = (word[:, None] >> torch.arange(32, device=device)) & 1
-    return (1 - 2 * bits).to(torch.int8).flatten()
+    return word ^ (word >> 16)
 
 
 def bucket_sums(values: Tensor, bucket_log2: int, first_word: int = 0) -> Tensor:
@@ -206,6 +210,29 @@ def scores(layers: Tensor, measure: str) -> Tensor:
     return torch.where(state["steps"] >= 2, value, torch.nan)
 
 
+def draws(layers: int, seed: int, decision: Tensor) -> Tensor:
+    """A number in (0, 1) for each layer, other ones for each decision: fp64 [layers]."""
+    number = decision.long() & 0xFFFFFFFF
+    stream = _hash(_hash(torch.full_like(number, seed)) ^ number)
+    return (_hash(stream ^ torch.arange(layers, device=number.device)).double() + 0.5) / 2**32
+
+
+def last_decision(state: State, options: Options) -> Tensor:
+    """Number of the decision taken last: [], the epoch's or counted from 1."""
+    if options.refresh == "epoch":
+        return state.scalar("epoch")
+    counted = state.scalar("step") - state.scalar("skipped_steps")
+    return (counted / options.refresh).floor()
+
+
+def chosen_scores(state: State, options: Options, decision: Tensor) -> Tensor:
+    """What the decision of that number goes by: fp64 [layers]; NaN where there is no score yet."""
+    if options.measure == "random":
+        drawn = draws(state.layers.shape[0], options.seed or 0, decision)
+        return torch.where(state.column("steps") >= 1, drawn, torch.nan)
+    return scores(state.layers, options.measure)
+
+
 def threshold(values: Tensor, options: Options) -> Tensor:
     """tau over the scores that are not NaN: [layers] -> []; NaN if there are none."""
     if not isinstance(options.threshold, str):
@@ -230,12 +257,11 @@ def threshold(values: Tensor, options: Options) -> Tensor:
 
 
 @torch.no_grad()
-def decide(state: State, options: Options, *, due: Tensor | None = None) -> None:
+def decide(state: State, options: Options, decision: Tensor, *, due: Tensor | None = None) -> None:
     """Chooses anew which layers are amplified; with ``due`` (bool []), only where it is true."""
-    layers = state.layers
-    if layers.shape[0] == 0:
+    if state.layers.shape[0] == 0:
         return
-    values = scores(layers, options.measure)
+    values = chosen_scores(state, options, decision)
     steps, selected = state.column("steps"), state.column("selected")
     values = torch.where((steps >= options.min_steps) & values.isfinite(), values, torch.nan)
     tau = threshold(values, options)
@@ -295,7 +321,8 @@ def commit(
         state.parity[indices] = torch.where(counted, 1 - row, row)
     if options.refresh != "epoch":
         number = state.scalar("step") - state.scalar("skipped_steps") + 1
-        decide(state, options, due=counted & (number % options.refresh == 0))
+        due = counted & (number % options.refresh == 0)
+        decide(state, options, (number / options.refresh).floor(), due=due)
     if not lagged:
         amplified = present & (state.column("selected") != 0) & (factor != 1)
         state.column("amplified_steps").add_(amplified)

@@ -104,10 +104,14 @@ def make_report(snapshot: Snapshot) -> Report:
     state, options = snapshot.state, snapshot.options
     values = dict(zip(GLOBALS, state.values[: len(GLOBALS)].tolist(), strict=True))
     step, counted = int(values["step"]), int(values["step"] - values["skipped_steps"])
-    scores = {
-        name: reference.scores(state.layers, name).tolist()
-        for name in {"fluctuation", "direction", options.measure}
-    }
+    fluctuation, direction, score = (
+        values.tolist()
+        for values in (
+            reference.scores(state.layers, "fluctuation"),
+            reference.scores(state.layers, "direction"),
+            reference.chosen_scores(state, options, reference.last_decision(state, options)),
+        )
+    )
     factor = float(reference.active_factor(state, options))
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
@@ -121,9 +125,9 @@ def make_report(snapshot: Snapshot) -> Report:
                 steps=int(row["steps"]),
                 variance=row["variance"],
                 temporal_variance=temporal,
-                fluctuation=scores["fluctuation"][index],
-                direction=-scores["direction"][index],
-                score=scores[options.measure][index],
+                fluctuation=fluctuation[index],
+                direction=-direction[index],
+                score=score[index],
                 selected=selected,
                 factor=factor if selected else 1.0,
                 amplified_steps=int(row["amplified_steps"]),

@@ -9,5 +9,5 @@ from gradamp_fast.backends.triton_kernels.layers import decide
 
 
 @triton.jit
-def decide_kernel(values, config, scores, layers):
-    decide(values, config, scores, layers)
+def decide_kernel(values, config, scores, layers, decision):
+    decide(values, config, scores, layers, decision)

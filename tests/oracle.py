@@ -83,6 +83,7 @@ class Oracle:
         select: str = "below",
         num_std: float = 1.0,
         quantile: float = 0.5,
+        seed: int = 0,
         decay: float | None = 0.99,
         min_steps: int = 100,
         refresh: int | str = 100,
@@ -96,7 +97,7 @@ class Oracle:
         self.excluded = list(excluded)
         self.factor, self.measure, self.select = factor, measure, select
         self.threshold, self.num_std, self.quantile = threshold, num_std, quantile
-        self.decay, self.min_steps, self.refresh = decay, min_steps, refresh
+        self.seed, self.decay, self.min_steps, self.refresh = seed, decay, min_steps, refresh
         self.windows, self.unit, self.timing = windows, unit, timing
         self.match_norm, self.max_norm = match_norm, max_norm
         self.steps = self.skipped_steps = 0
@@ -138,6 +139,8 @@ class Oracle:
 
     def score(self, name: str) -> float:
         layer = self.layers[name]
+        if self.measure == "random":
+            return self.draw(list(self.layers).index(name)) if layer.k >= 1 else math.nan
         with np.errstate(divide="ignore", invalid="ignore"):
             if self.measure == "variance":
                 return float(np.log(layer.V)) if layer.k >= 1 else math.nan
@@ -146,6 +149,13 @@ class Oracle:
             if self.measure == "direction":
                 return -layer.D
             return float(np.log(np.float64(layer.F) / np.float64(layer.R)))
+
+    def draw(self, index: int) -> float:
+        """Uniform in (0, 1), anew for each decision."""
+        counted = self.steps - self.skipped_steps
+        decision = self.epoch if self.refresh == "epoch" else counted // self.refresh
+        stream = murmur_finaliser(murmur_finaliser(self.seed) ^ decision)
+        return (murmur_finaliser(stream ^ index) + 0.5) / 2**32
 
     def eligible(self) -> dict[str, float]:
         scores = {n: self.score(n) for n in self.layers if self.layers[n].k >= self.min_steps}

@@ -27,6 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"timing": "exact", "measure": "direction", "select": "above"},
     {"match_norm": True},
     {"max_norm": 0.5, "timing": "exact", "measure": "variance"},
+    {"measure": "random", "seed": 2**32 - 1, "threshold": "quantile"},
     {"threshold": "quantile", "decay": None, "group_by": "tensor", "max_norm": 3.0},
 ]
 MIXED = {**SHAPES, "empty": (0,), "tail.weight": (9, 455), "large.weight": (1201, 1009)}

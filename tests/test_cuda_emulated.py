@@ -28,6 +28,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"timing": "exact", "measure": "direction", "select": "above"},
     {"match_norm": True, "threshold": "std"},
     {"max_norm": 0.5, "timing": "exact", "measure": "variance"},
+    {"measure": "random", "seed": 2**32 - 1, "threshold": "quantile"},
     {"threshold": "quantile", "decay": None, "group_by": "tensor", "max_norm": 3.0},
     {"windows": [(1, 3, 0.5), (4, 6)], "unit": "step", "threshold": 0.2},
 ]

@@ -14,7 +14,7 @@ from test_checkpoint import flat
 SETTINGS: list[dict[str, Any]] = [
     {"timing": "lagged"},
     {"timing": "exact", "measure": "direction"},
-    {"match_norm": True},
+    {"match_norm": True, "measure": "random", "threshold": 0.5, "seed": 7},
     {"max_norm": 0.5, "timing": "exact"},
     {"threshold": "quantile", "decay": None, "group_by": "tensor"},
 ]

@@ -28,7 +28,7 @@ PARAMETERS = st.dictionaries(
 def options(draw: st.DrawFn) -> dict[str, Any]:
     out: dict[str, Any] = {
         "factor": draw(st.sampled_from([0.5, 1.7, 2.0, 16.0])),
-        "measure": draw(st.sampled_from(["fluctuation", "direction", "variance"])),
+        "measure": draw(st.sampled_from(["fluctuation", "direction", "variance", "random"])),
         "threshold": draw(st.sampled_from(["mean", "std", "quantile", 0.0, -1.5, 2.0])),
         "select": draw(st.sampled_from(["below", "above"])),
         "decay": draw(st.sampled_from([None, 0.0, 0.5, 0.99])),
@@ -36,6 +36,8 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "refresh": draw(st.sampled_from([1, 1, 2, 3, "epoch"])),
         "timing": draw(st.sampled_from(["lagged", "exact"])),
     }
+    if out["measure"] == "random" and draw(st.booleans()):
+        out["seed"] = draw(st.integers(0, 2**32 - 1))
     if out["threshold"] == "std" and draw(st.booleans()):
         out["num_std"] = draw(st.floats(0.1, 2.0))
     if out["threshold"] == "quantile" and draw(st.booleans()):

@@ -42,6 +42,15 @@ def test_every_decision(place: Place, measure: str, threshold: dict, select: str
     assert any(any(chosen) and not all(chosen) for chosen in selections)
 
 
+@pytest.mark.parametrize("threshold", ["mean", "std", "quantile", 0.4])
+def test_every_random_decision(place: Place, threshold: str | float) -> None:
+    model = bare(NARROW, device=place.device)
+    twin = Twin(model, place, measure="random", seed=2**32 - 1, threshold=threshold, **QUICK)
+    assert len(run(twin, 9)) > 1
+    rows = twin.amplifier.report().layers
+    assert [row.score for row in rows] == [twin.oracle.score(row.name) for row in rows]
+
+
 @pytest.mark.parametrize("timing", ["lagged", "exact"])
 @pytest.mark.parametrize("decay", [0.99, 0.5, 0.0, None])
 def test_all_bucket_lengths(place: Place, timing: str, decay: float | None) -> None:

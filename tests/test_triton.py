@@ -250,6 +250,7 @@ RULES: list[dict[str, Any]] = [
     {"threshold": "quantile", "quantile": 0.123, "measure": "direction"},
     {"threshold": "quantile", "quantile": 0.99, "measure": "variance", "select": "above"},
     {"threshold": -0.1},
+    {"threshold": "quantile", "quantile": 0.3, "measure": "random", "seed": 2**32 - 1},
 ]
 
 
@@ -277,10 +278,10 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         for state in (expected, actual):
             state.layers.copy_(rows)
             state.scalar("step").fill_(17.0)
-        reference.decide(expected, options)
+        reference.decide(expected, options, torch.tensor(5.0))
         numbers = torch.tensor(configuration(options), dtype=torch.float64)
         decide_kernel[(1,)](
-            actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers
+            actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers, 5
         )
         tau, other = expected.scalar("threshold"), actual.scalar("threshold")
         assert torch.allclose(tau, other, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -88,6 +88,7 @@ def for_kernel(options: Options) -> dict[str, Any]:
         "decay": 1.0 if options.decay is None else options.decay,
         "min_steps": float(options.min_steps),
         "refresh": 0.0 if options.refresh == "epoch" else float(options.refresh),
+        "seed": options.seed or 0,
         "schedule_unit": 0 if schedule is None else 1 if schedule.unit == "epoch" else 2,
         "windows": [
             (float(start), float(stop), math.nan if factor is None else float(factor))

@@ -124,7 +124,7 @@ def configuration(options: Options) -> list[float]:
             float(given[name])
             for name in (
                 "measure", "threshold", "select", "schedule_unit", "exact", "match_norm",
-                "max_norm", "threshold_value", "decay", "min_steps", "refresh",
+                "max_norm", "threshold_value", "decay", "min_steps", "refresh", "seed",
             )
         ),
         float(len(windows)),

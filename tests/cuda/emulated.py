@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # DType of csrc/common.h
 ORDER = ("measure", "threshold", "threshold_value", "select", "exact", "match_norm", "max_norm")
-ORDER += ("decay", "min_steps", "refresh", "schedule_unit")
+ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed")
 
 # Assembly, and shared memory whose size the launch says, in what the host's compiler takes.
 REPLACED = (

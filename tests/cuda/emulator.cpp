@@ -156,7 +156,8 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
   c.min_steps = options[8];
   c.refresh = static_cast<int64_t>(options[9]);
   c.schedule = static_cast<ScheduleUnit>(options[10]);
-  c.num_windows = static_cast<int32_t>(options[11]);
+  c.seed = static_cast<uint32_t>(options[11]);
+  c.num_windows = static_cast<int32_t>(options[12]);
   for (int i = 0; i < c.num_windows; ++i)
     e->windows.push_back({windows[3 * i], windows[3 * i + 1], windows[3 * i + 2]});
   c.windows = e->windows.data();

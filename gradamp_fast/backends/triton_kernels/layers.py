@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tile import murmur_finaliser
+
 # Columns of a row of sums: count, centre, two sums about it, the sketch's four. In the row of a
 # layer the third holds what the layer is multiplied by in this step.
 ROW, MULTIPLIER = tl.constexpr(8), tl.constexpr(2)
@@ -25,8 +27,8 @@ NOISE, AGREEMENT, SELECTED, AMPLIFIED, CHANGED_AT = (tl.constexpr(i) for i in ra
 
 # Entries of the configuration, in the order in which configuration() in triton.py lists them.
 MEASURE, THRESHOLD, SELECT, UNIT, EXACT, MATCH_NORM = (tl.constexpr(i) for i in range(6))
-MAX_NORM, VALUE, DECAY, MIN_STEPS, REFRESH, WINDOW_COUNT, WINDOWS = (
-    tl.constexpr(i) for i in range(6, 13)
+MAX_NORM, VALUE, DECAY, MIN_STEPS, REFRESH, SEED, WINDOW_COUNT, WINDOWS = (
+    tl.constexpr(i) for i in range(6, 14)
 )
 
 MAX_NUMBER = tl.constexpr(1.7976931348623157e308)
@@ -127,7 +129,15 @@ def next_weight(values, layer, config):
 
 
 @triton.jit
-def _store_scores(values, config, scores, layers):
+def _drawn(seed, decision, layer):
+    """A number in (0, 1) for each decision and layer, from counters alone."""
+    stream = murmur_finaliser(murmur_finaliser(seed.to(tl.uint32)) ^ decision.to(tl.uint32))
+    bits = murmur_finaliser(stream ^ layer.to(tl.uint32))
+    return (bits.to(tl.float64) + 0.5) / 4294967296.0
+
+
+@triton.jit
+def _store_scores(values, config, scores, layers, decision):
     """Scores of eligible layers, NaN elsewhere."""
     measure = tl.load(config + MEASURE)
     min_steps = tl.load(config + MIN_STEPS)
@@ -141,9 +151,11 @@ def _store_scores(values, config, scores, layers):
             score = tl.log(noise / tl.load(state + MEAN_POWER, mask=inside, other=1.0))
         elif measure == 1:
             score = -tl.load(state + AGREEMENT, mask=inside, other=0.0)
-        else:
+        elif measure == 2:
             score = tl.log(tl.load(state + VARIANCE, mask=inside, other=1.0))
-        least = tl.maximum(tl.where(measure == 2, 1.0, 2.0), min_steps)
+        else:
+            score = _drawn(tl.load(config + SEED).to(tl.int64), decision, index)
+        least = tl.maximum(tl.where(measure >= 2, 1.0, 2.0), min_steps)
         score = tl.where((k >= least) & is_finite(score), score, float("nan"))
         tl.store(scores + index, score, mask=inside)
 
@@ -214,9 +226,9 @@ def _threshold(config, scores, layers):
 
 
 @triton.jit
-def decide(values, config, scores, layers):
-    """Chooses anew which layers are amplified."""
-    _store_scores(values, config, scores, layers)
+def decide(values, config, scores, layers, decision):
+    """Chooses anew which layers are amplified; ``decision`` numbers the draws."""
+    _store_scores(values, config, scores, layers, decision)
     tl.debug_barrier()
     tau = _threshold(config, scores, layers)
     below = tl.load(config + SELECT) == 0
@@ -302,7 +314,7 @@ def commit(values, config, layer_rows, scores, layers, factor):
     counted = (step - tl.load(values + SKIPPED)).to(tl.int64) + 1
     if refresh > 0:
         if counted % refresh == 0:
-            decide(values, config, scores, layers)
+            decide(values, config, scores, layers, counted // refresh)
             tl.debug_barrier()
     if exact:
         _amplify(values, layer_rows, layers, factor)

@@ -112,7 +112,7 @@ def _lane_moments(x, valid, count, WIDE: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _sign_word(word):
+def murmur_finaliser(word):
     """MurmurHash3's 32-bit finaliser."""
     word = word ^ (word >> 16)
     word = word * 0x85EBCA6B
@@ -129,7 +129,7 @@ def _signed(x, first, WIDE: tl.constexpr):
     offset = (tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]) * VECTOR
     within = tl.arange(0, VECTOR)[None, None, :]
     words = (first >> 5).to(tl.uint32) + (offset >> 5).to(tl.uint32)
-    bits = _sign_word(words) >> (offset & 31).to(tl.uint32)
+    bits = murmur_finaliser(words) >> (offset & 31).to(tl.uint32)
     minus = (bits[:, :, None] << (31 - within).to(tl.uint32)) & 0x80000000
     if WIDE == tl.float64:
         flipped = x.to(tl.uint64, bitcast=True) ^ (minus.to(tl.uint64) << 32)
