@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from cases import PLACES, SHAPES, Place, Stream, bare, put, same_bits, why_not
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from gradamp_fast import Amplifier, Schedule
 
@@ -281,3 +284,57 @@ def test_large_layers_leave_little_behind(place: Place) -> None:
     advance(model, amplifier, Stream(model), 1)
     tensors = [x for x in flat(amplifier.state_dict()).values() if isinstance(x, torch.Tensor)]
     assert 0 < sum(x.numel() * x.element_size() for x in tensors) < 0.01 * 4 * (1 << 20)
+
+
+def test_names_are_the_models_own_whatever_is_wrapped_around_it() -> None:
+    """A plain model's snapshot goes on in a wrapped one, and back."""
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 2))
+
+    def wrapped() -> nn.Module:
+        model = network()
+        model[0] = checkpoint_wrapper(model[0])
+        model[1] = torch.compile(model[1], backend="eager")
+        model[2] = nn.DataParallel(model[2])
+        return torch.compile(nn.DataParallel(model), backend="eager")
+
+    kinds = (network, wrapped)
+    reports = {}
+    for first in kinds:
+        for second in kinds:
+            generator = torch.Generator().manual_seed(1)
+            state = None
+            for make in (first, second):
+                model = make()
+                amplifier = Amplifier(model, **QUICK)
+                if state is not None:
+                    amplifier.load_state_dict(stored(state))
+                for _ in range(3):
+                    for parameter in model.parameters():
+                        parameter.grad = torch.randn(parameter.shape, generator=generator)
+                    amplifier.step()
+                state = amplifier.state_dict()
+            assert list(state["layers"]) == ["0", "1.0", "2"]
+            reports[first, second] = repr(amplifier.report())
+    assert len(set(reports.values())) == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_distributed_checkpoint_in_one_process(tmp_path: Path) -> None:
+    model = bare(SHAPES)
+    options: dict[str, Any] = {"schedule": Schedule([(0, 3, 4.0)]), **QUICK}
+    whole = Amplifier(model, **options)
+    whole.set_epoch(2)
+    stream = Stream(model)
+    advance(model, whole, stream, 3)
+    dcp.save({"amplifier": whole}, checkpoint_id=tmp_path)
+    state = whole.state_dict()
+    advance(model, whole, stream, 2)
+    dcp.load({"amplifier": whole}, checkpoint_id=tmp_path)
+    assert same_state(whole.state_dict(), state)
+    del whole
+    again = Amplifier(model, **options)
+    dcp.load({"amplifier": again}, checkpoint_id=tmp_path)
+    assert same_state(again.state_dict(), state)

@@ -17,7 +17,7 @@ from cases import BASE, TOLERANCE, Stream, bare, close, put, same_bits
 from distributed import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -27,6 +27,7 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
+import gradamp_fast
 from gradamp_fast import Amplifier, Schedule
 from gradamp_fast.backends.triton import TritonBackend
 from gradamp_fast.report import Report
@@ -505,6 +506,8 @@ def refused(rank: int) -> None:
 
     _, network = networks()
     network(torch.randn(4, 64)).sum().backward()
+    assert gradamp_fast.fused_amplify(network).report().steps == 1
+    gradamp_fast.reset(network)
     amplifier = Amplifier(network, backend="triton")
     with pytest.raises(RuntimeError, match="triton"):
         amplifier.step()
@@ -515,9 +518,31 @@ def refused(rank: int) -> None:
         amplifier.step()
 
 
+def first_fsdp(rank: int) -> None:
+    """FullyShardedDataParallel that shards nothing is like DDP."""
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(
+        Network(),
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+        use_orig_params=True,
+    )
+    amplifier = Amplifier(model, **QUICK)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(4):
+        model.zero_grad()
+        model(torch.randn(4, 64, generator=generator)).square().mean().backward()
+        amplifier.step()
+    same_everywhere(numbers(amplifier))
+    again = Amplifier(Network(), **QUICK)
+    again.load_state_dict(amplifier.state_dict())
+    assert repr(again.report()) == repr(amplifier.report())
+
+
 def two_checks(rank: int) -> None:
     trained(rank)
     refused(rank)
+    first_fsdp(rank)
 
 
 def test_two_processes(tmp_path: Path) -> None:
