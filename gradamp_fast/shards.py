@@ -1,7 +1,6 @@
 """Which part of a tensor this process holds, and which processes hold the others.
 
-A DTensor is known here by its public methods alone; ``torch.distributed`` is imported by nobody
-who does not use it.
+DTensor takes long to import: who does not use it does not import it.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -55,9 +54,8 @@ def is_dtensor(tensor: object) -> bool:
 @torch.no_grad()
 def local(tensor: Any) -> Tensor:
     """The part of a DTensor that is here, in the same memory."""
-    part = tensor.to_local()
-    whole: Tensor = part.wait() if hasattr(part, "wait") else part  # a collective under way
-    return whole
+    part: Tensor = tensor.to_local()
+    return part.wait() if hasattr(part, "wait") else part  # of a collective under way
 
 
 def shard_of(name: str, tensor: Tensor) -> Shard | None:
@@ -88,7 +86,7 @@ def refuse_partial(what: str, tensor: Any) -> None:
     if any(placement.is_partial() for placement in tensor.placements):
         raise TypeError(
             f"{what} has placements {tensor.placements}: its values are still to be summed over "
-            "processes; redistribute it to Replicate() or Shard(0) before the step, or exclude it"
+            "processes; redistribute it to Replicate() or Shard(0) before the step"
         )
 
 
@@ -115,13 +113,11 @@ def _starts(tensor: Tensor, placements: Iterable[Any], cut: list[int]) -> tuple[
 # ---- processes ----------------------------------------------------------------------
 
 
-def group_of(shards: Iterable[Shard]) -> ProcessGroup:
+def group_of(shards: Iterable[Shard]) -> dist.ProcessGroup:
     """The processes of all meshes together.
 
     Making it is a collective if they are neither all processes nor one mesh of one dimension.
     """
-    import torch.distributed as dist
-
     meshes = {shard.mesh for shard in shards}
     ranks = {rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}
     for mesh in meshes:
@@ -135,10 +131,8 @@ def group_of(shards: Iterable[Shard]) -> ProcessGroup:
 
 
 @functools.lru_cache(maxsize=64)
-def _subgroup(world: ProcessGroup, ranks: tuple[int, ...]) -> ProcessGroup:
+def _subgroup(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """Made once for each set of processes, not at each walk of the model."""
-    import torch.distributed as dist
-
     group = dist.new_group(list(ranks), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # this process is one of them
     return group

@@ -20,7 +20,7 @@ import pytest
 import torch
 from cases import missing_libraries
 
-from gradamp_fast import _extension
+from gradamp_fast import Amplifier, _extension
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -275,6 +275,17 @@ def resumed_without_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "\n".join(f"{w.category.__name__}: {w.message}" for w in caught)
 
 
+def cut_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A snapshot as four processes make it, loaded by one."""
+    amplifier = Amplifier(torch.nn.Linear(500, 10, bias=False))
+    stored = amplifier.state_dict()
+    stored["sketches"]["weight"] = torch.zeros(314)
+    stored["cuts"] = [["weight", "S(0) over 4", [0, 1500, 3000, 4500], [94, 94, 94, 32]]]
+    with pytest.raises(ValueError, match="weight") as raised:
+        amplifier.load_state_dict(stored)
+    return f"ValueError: {raised.value}"
+
+
 ELSEWHERE: dict[str, Callable[[Path, pytest.MonkeyPatch], str | None]] = {
     "It was built for another torch": built_for_another_torch,
     "There is no compiled extension": without_binary,
@@ -286,6 +297,7 @@ ELSEWHERE: dict[str, Callable[[Path, pytest.MonkeyPatch], str | None]] = {
     "The Trainer clips first": resumed_without_state,
     "A checkpoint from before amplification": resumed_without_state,
     "matplotlib is missing": without_matplotlib,
+    "A sketch that was cut elsewhere": cut_elsewhere,
 }
 
 

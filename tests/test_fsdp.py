@@ -39,8 +39,8 @@ QUICK: dict[str, Any] = {"min_steps": 2, "refresh": 2, "decay": 0.9}
 
 # Cut between buckets by up to four processes, or with buckets of one element.
 SHAPES: dict[str, tuple[int, ...]] = {
-    "wide.weight": (512, 512),
-    "wide.bias": (512,),
+    "wide.weight": (384, 384),
+    "wide.bias": (384,),
     "middle.weight": (64, 96),
     "middle.bias": (64,),
     "head.weight": (10, 17),
@@ -214,10 +214,21 @@ def all_placements(rank: int) -> None:
     for backend, cut, settings in runs:
         for options in settings:
             pair = Pair(cut, backend, **options)
-            for step in range(5):
+            for step in range(4):
                 pair.step(lacking=("middle.weight", "middle.bias") if step == 3 else ())
             selected = [row.selected for row in pair.amplifiers[1].report().layers]
             assert 0 < sum(selected) < len(selected), options
+
+
+def half_of_the_processes(rank: int) -> None:
+    """Two models, each on a mesh of its own, as the stages of a pipeline are."""
+    whole_mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("stage", "copy", "shard"))
+    for mesh in (whole_mesh["copy", "shard"], whole_mesh["shard"]):
+        where: list[Placement] = [Replicate(), Shard(0)][-mesh.ndim :]
+        pair = Pair({n: (mesh, where) if s else None for n, s in SHAPES.items()}, "cpu")
+        for _ in range(3):
+            pair.step()
+        assert pair.amplifiers[1]._backend.group.size() == 2
 
 
 def scaled(rank: int) -> None:
@@ -397,7 +408,8 @@ def advance(
 
 
 CHECKS: tuple[Callable[..., None], ...] = (
-    all_placements, scaled, nonfinite, asynchronous, resumed, not_seamless, stored_by_dcp,
+    all_placements, half_of_the_processes, scaled, nonfinite, asynchronous, resumed, not_seamless,
+    stored_by_dcp,
 )  # fmt: skip
 
 
