@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from distributed import run
 from stacks import (
     BATCH,
     EPOCHS,
@@ -184,3 +187,42 @@ def test_what_is_wrong_is_said_early(tmp_path: Path) -> None:
     trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
     with pytest.warns(UserWarning, match="AdamW divides out"):
         train(trainer)
+
+
+def _in_parallel(rank: int, folder: str) -> list[list[Tensor]]:
+    """A run, and the same one resumed in its middle."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, and not used
+    options = {"ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 3}
+    found = []
+    for resume in ({}, {"resume_from_checkpoint": f"{folder}/checkpoint-6"}):
+        callback = GradientAmplificationCallback(**OPTIONS)
+        found.append(train(make_trainer(Path(folder), callback, **options), **resume))
+    return found
+
+
+@pytest.mark.slow
+def test_in_two_processes(tmp_path: Path) -> None:
+    """All decide alike, and all go on from the state that the first one saved."""
+    (tmp_path / "run").mkdir()
+    returned = run(_in_parallel, 2, tmp_path / "run", str(tmp_path / "out"))
+    expected = returned[0][0]
+    assert not same(expected, by_hand())  # the batches are twice as large
+    assert all(same(found, expected) for process in returned for found in process)
+
+
+def _sharded(rank: int) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(make_model(), mesh=init_device_mesh("cpu", (1,)))
+    args = SimpleNamespace(max_grad_norm=0, save_strategy="epoch")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        GradientAmplificationCallback().on_train_begin(args, None, None, model=model)
+    return str(raised.value)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_sharded_gradients_are_refused(tmp_path: Path) -> None:
+    """One process would wait for ever for the others."""
+    [message] = run(_sharded, 1, tmp_path)
+    assert "save_strategy='no'" in message

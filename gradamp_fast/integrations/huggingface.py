@@ -38,7 +38,8 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
         amplifier: the model's ``Amplifier``; None until training starts.
 
     Raises ValueError for options out of range. When training starts, warns and raises as
-    ``Amplifier.attach`` does.
+    ``Amplifier.attach`` does, and raises ValueError if checkpoints of sharded gradients (FSDP2)
+    are to be saved.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -61,6 +62,12 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
         if self.amplifier is None or self.amplifier._model() is not unwrap(model):
             self.amplifier = None  # before its successor, which may want the same parameters
             self.amplifier = Amplifier(model, **vars(self._options))
+        if self.amplifier._plan.sharded and args.save_strategy != "no":
+            raise ValueError(
+                "the Trainer asks one process alone for a callback's state, and that of sharded "
+                "gradients takes all of them: give TrainingArguments save_strategy='no', or attach "
+                "the amplifier in a loop of your own"
+            )
         self.amplifier.reset()
         self._resume(state)
         self._attachment = self.amplifier.attach(kwargs["optimizer"])
