@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ import test_train  # noqa: F401  # skips where torchvision cannot be imported
 
 from bench.accuracy import __main__ as command
 from bench.accuracy import budget, repeatability, report, stages
+from bench.accuracy.presets import name_of
 from bench.accuracy.repeatability import judge, lag
 from bench.accuracy.runs import Row, Run, execute
 from bench.accuracy.stages import Experiment, Family, NotReady, Plain
@@ -443,6 +445,14 @@ def test_the_report_is_honest_about_few_runs() -> None:
     assert arm.split("|")[2:4] == [" 2 ", " 1 "]
 
 
+def test_the_page_s_commands_are_understood() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "accuracy.md").read_text()
+    found = re.findall(r"^python -m bench\.accuracy (.*)$", page, re.MULTILINE)
+    assert len(found) > 7
+    names = {name_of(command.arguments([*line.split(), "--device=cpu"])) for line in found}
+    assert {"cifar10-cpu", "cifar10-cpu-on-cifar100", "cifar10-cpu-on-vgg19_bn"} <= names
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--data=fake", "--device=cpu", f"--out={tmp_path}", "--epochs=2", "--width=0.25"]
     assert command.main(["stage0", *out, "--budget-s=500"]) == 0
@@ -450,8 +460,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     rows = read(tmp_path / "fake-cpu.csv")
     assert {row.torch for row in rows} == {torch.__version__}
     assert command.main(["report", *out]) == 0
-    assert "8 of 8 runs" in (tmp_path / "fake-cpu.md").read_text()
-    assert (tmp_path / "fake-cpu-repeat.png").stat().st_size > 10_000
+    assert "8 of 8 runs" in (tmp_path / "fake-cpu-width-0.25-epochs-2.md").read_text()
+    assert (tmp_path / "fake-cpu-width-0.25-epochs-2-repeat.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="stage 1 is not finished"):
         command.main(["stage2", *out])
 

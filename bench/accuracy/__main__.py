@@ -26,7 +26,7 @@ import torch
 from bench import models
 from bench.accuracy import figures, report
 from bench.accuracy.budget import work
-from bench.accuracy.presets import RECIPES, experiment_for
+from bench.accuracy.presets import RECIPES, experiment_for, name_of
 from bench.accuracy.stages import STAGES, Experiment, NotReady
 from bench.accuracy.store import Store
 from bench.data import NAMES, DataMissing, load
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     experiment = experiment_for(given)
     if given.stage == "report":
         rows = store_for(given).rows()
-        name = f"{given.data}-{given.device.partition(':')[0]}"
+        name = name_of(given)
         path = given.out / f"{name}.md"
         drawn = figures.draw(experiment, rows, given.out, name)
         path.write_text(report.page(experiment, rows, drawn))

@@ -33,10 +33,12 @@ class Estimates:
         self._tried: dict[str, float] = {}
         self._seen: dict[str, float] = {}
 
-    def seconds(self, run: Run, data: Data) -> float:
+    def seconds(self, run: Run, data: Data, say: Callable[[str], object]) -> float:
         kind = _kind(run)
         if kind not in self._seen and kind not in self._tried:
             self._tried[kind] = probe(run, data)
+            images = run.recipe.batch / self._tried[kind]
+            say(f"{kind}: {1e3 * self._tried[kind]:.1f} ms a step, {images:,.0f} images a second")
         return self._seen.get(kind, self._tried.get(kind, 0.0)) * _steps(run, data) * SLACK
 
     def learn(self, run: Run, data: Data, seconds: float) -> None:
@@ -109,7 +111,7 @@ def work(
                 continue
             data = load(job.run.data)
             if math.isfinite(end):
-                needed, there = estimates.seconds(job.run, data), end - time.monotonic()
+                needed, there = estimates.seconds(job.run, data, say), end - time.monotonic()
                 if needed > there:
                     say(
                         f"{stage}: {len(left)} of {len(jobs)} runs are left; the next takes about "

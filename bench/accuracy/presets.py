@@ -26,6 +26,20 @@ def family(data: str, gpu: bool) -> Family:
     return Family(data, CIFAR, None, 5000) if gpu else Family(data, CIFAR_SMALL, 10_000, 2000)
 
 
+def name_of(given: argparse.Namespace) -> str:
+    """Of the experiment's report: the data, the device and what is not as usual."""
+    parts = [given.data, given.device.partition(":")[0]]
+    if given.recipe != "usual":
+        parts.append(given.recipe)
+    for name in ("arch", "width", "epochs", "train"):
+        if getattr(given, name) is not None:
+            parts.append(f"{name}-{getattr(given, name)}")
+    for name in ("confirm_data", "confirm_arch", "confirm_width"):
+        if getattr(given, name) is not None:
+            parts.append(f"on-{getattr(given, name)}")
+    return "-".join(parts)
+
+
 def experiment_for(given: argparse.Namespace) -> Experiment:
     """What the command line asks for."""
     gpu = given.device.startswith("cuda")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy
 
 from bench.accuracy.runs import MEASURES, Row
-from bench.accuracy.statistics import Interval, mean, spearman
+from bench.accuracy.statistics import spearman
 
 BAR = 0.6  # a default's measure has to reach it, between windows and between seeds
 SHARED = 0.14  # of its weight, that a moving average may share with the window it is compared with
@@ -51,9 +51,6 @@ class Repeatability:
     @property
     def repeats(self) -> bool:
         return self.lowest >= BAR
-
-    def between_windows(self) -> Interval | None:
-        return mean(self.windows)
 
 
 def average(values: Sequence[float]) -> float:

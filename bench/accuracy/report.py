@@ -54,28 +54,36 @@ def percent(interval: Interval | None, values: Sequence[float], signed: bool = F
 def repeatability(experiment: Experiment, rows: Rows) -> Iterator[str]:
     jobs = stages.stage0(experiment, rows)
     there = stages.rows_of(jobs, rows)
-    yield f"{len(there)} of {len(jobs)} runs. Spearman's correlation of all layers' scores with "
-    yield "themselves: between windows of one run, and between seeds in the same epoch. In "
-    yield "brackets the lowest; behind the line, among layers with a kernel alone. A default's "
-    yield f"measure reaches {BAR} in both, over all layers."
+    yield f"{len(there)} of {len(jobs)} runs. Spearman's correlation of the layers' scores with "
+    yield "themselves: between windows of one run, with an interval over the runs, and between "
+    yield "seeds in the same epoch, with the lowest pair. A default's measure reaches "
+    yield f"{BAR} in both over all layers; kernels are the layers that have one, norms left out."
     yield ""
-    found = stages.repeatabilities(experiment, rows)
     yield from table(
-        ("measure", "averaged", "epochs apart", "runs", "windows", "seeds", "reaches the bar"),
+        (
+            "measure", "averaged", "epochs apart", "runs", "windows", "windows, kernels", "seeds",
+            "seeds, kernels", "reaches the bar",
+        ),
         [
             (
-                f.measure, f.averaging, str(f.lag), str(len(f.windows)),
-                f"{_spread(f.windows)} \\| {_spread(f.windows_inside)}",
-                f"{_spread(f.seeds)} \\| {_spread(f.seeds_inside)}",
+                f.measure, f.averaging, str(f.lag), str(len(f.windows)), _ranged(f.windows),
+                _ranged(f.windows_inside), _lowest(f.seeds), _lowest(f.seeds_inside),
                 "yes" if f.repeats else "no",
             )
-            for f in found
+            for f in stages.repeatabilities(experiment, rows)
             if f.windows
         ],
     )  # fmt: skip
 
 
-def _spread(values: Sequence[float]) -> str:
+def _ranged(values: Sequence[float]) -> str:
+    interval = statistics.mean(values)
+    if interval is None:
+        return f"{average(values):.2f}"
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _lowest(values: Sequence[float]) -> str:
     return f"{average(values):.2f} ({min(values):.2f})" if values else "-"
 
 
