@@ -151,7 +151,10 @@ def test_repeatability_of_made_up_scores() -> None:
     assert found.lag == 1
     assert found.windows == pytest.approx([0.9, 0.9])
     assert found.seeds == pytest.approx([(1 + 0.8 + 1) / 3])
-    assert found.windows_inside == pytest.approx([0.75, 0.75])
+    assert found.scope == "all"
+    kernels = judge(rows, "by epoch", None)[1]
+    assert (kernels.measure, kernels.scope) == (found.measure, "kernels")
+    assert kernels.windows == pytest.approx([0.75, 0.75])
     assert found.lowest == pytest.approx(0.9)
     assert found.repeats
     assert not judge(rows[:1], "by epoch", None)[0].repeats  # seeds are not known
@@ -374,6 +377,24 @@ def test_stages_choose_on_validation_images_alone() -> None:
     assert by_arm["plain"].recipe.lr == 0.2
     assert by_arm["plain, tuned"].recipe.lr == 0.05
     assert by_arm["inverse"].amplify == {**chosen.options, "select": "below"}
+    shuffled, drawn = by_arm["shuffled"].amplify, by_arm["random"].amplify
+    assert shuffled is not None
+    assert drawn is not None
+    assert shuffled == {**chosen.options, "shuffle": by_arm["shuffled"].recipe.seed}
+    assert (drawn["measure"], drawn["quantile"]) == ("random", 0.5)
+    hashes = {job.run.key[0] for job in arms}
+    assert len(hashes) == 6  # the seeds of the controls are the runs'
+
+
+def test_a_measure_that_ranks_kernels_alone_is_screened_on_them() -> None:
+    rows: dict[Any, Row] = {}
+    table = [[1.0, 2.0, 3.0, 4.0, 9.0, 8.0], [1.0, 2.0, 3.0, 4.0, -9.0, -8.0]]
+    noise = [[1.0, 2.0, 3.0, 4.0, 9.0, 8.0], [4.0, 1.0, 3.0, 2.0, -9.0, -8.0]]
+    scores = {"steps": 4, "layers": list("abcdef"), "kernel": [True] * 4 + [False] * 2}
+    scores |= {"fluctuation": noise, "direction": table, "variance": noise}
+    finish("stage0", TINY, rows, layer_scores=lambda run: json.dumps(scores))
+    [found] = stages.measures(TINY, rows)
+    assert (found["measure"], found["exclude_bias_and_norm"]) == ("direction", True)
 
 
 def test_nothing_is_screened_that_does_not_repeat() -> None:

@@ -45,7 +45,7 @@ def repeat(experiment: Experiment, rows: Rows) -> Figure | None:
     found = [f for f in stages.repeatabilities(experiment, rows) if f.windows]
     if not found:
         return None
-    figure = _figure(7.0, 0.9 + 0.5 * len(found), experiment)
+    figure = _figure(7.0, 0.9 + 0.35 * len(found), experiment)
     axes = figure.add_subplot()
     for place, measure in enumerate(found):
         pairs: Sequence[tuple[str, list[float]]] = (
@@ -58,7 +58,7 @@ def repeat(experiment: Experiment, rows: Rows) -> Figure | None:
             if values:
                 axes.plot(average(values), place + shift, "|", color="black", markersize=14)
     axes.axvline(BAR, color="0.3", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(found)), [f"{f.measure}, {f.averaging}" for f in found])
+    axes.set_yticks(range(len(found)), [f"{f.measure}, {f.averaging}, {f.scope}" for f in found])
     axes.invert_yaxis()
     axes.set_xlabel("rank correlation of the layers' scores")
     axes.grid(alpha=0.3)

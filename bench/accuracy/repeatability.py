@@ -19,6 +19,7 @@ from bench.accuracy.statistics import spearman
 
 BAR = 0.6  # a default's measure has to reach it, between windows and between seeds
 SHARED = 0.14  # of its weight, that a moving average may share with the window it is compared with
+SCOPES = ("all", "kernels")  # layers ranked: all, or those with a kernel, norms left out
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,22 @@ class Repeatability:
 
     Attributes:
         averaging: "decay 0.99" or "by epoch".
+        scope: of `SCOPES`. Norms differ from other layers, which "all" counts for the measure.
+        lag: epochs between the windows compared.
         windows: between windows of a run; one value per run.
         seeds: between runs in the same epoch; one value per pair of runs.
-        windows_inside, seeds_inside: the same among layers with a weight matrix or kernel alone,
-            which does not count that such layers differ from norms.
-        lag: epochs between the windows compared.
     """
 
     measure: str
     averaging: str
+    scope: str
     lag: int
     windows: list[float]
     seeds: list[float]
-    windows_inside: list[float]
-    seeds_inside: list[float]
 
     @property
     def lowest(self) -> float:
-        """The smaller of the two means, over all layers; NaN if either is not known."""
+        """The smaller of the two means; NaN if either is not known."""
         values = [average(self.windows), average(self.seeds)]
         return math.nan if any(map(math.isnan, values)) else min(values)
 
@@ -69,25 +68,17 @@ def judge(rows: Iterable[Row], averaging: str, decay: float | None) -> list[Repe
     """What the rows of one kind of averaging say about every measure."""
     scores = [json.loads(row.layer_scores) for row in rows if not row.diverged]
     found = []
-    for measure in MEASURES:
-        tables = [numpy.array(run[measure], dtype=float) for run in scores]  # [epochs, layers]
+    for measure, scope in itertools.product(MEASURES, SCOPES):
+        tables = []  # [epochs, layers]
+        for run in scores:
+            table = numpy.array(run[measure], dtype=float)
+            tables.append(table if scope == "all" else table[:, run["kernel"]])
         apart = max(
             (lag(decay, r["steps"], len(t)) for t, r in zip(tables, scores, strict=True)), default=0
         )
-        kernels = [t[:, r["kernel"]] for t, r in zip(tables, scores, strict=True)]
-        found.append(
-            Repeatability(
-                measure,
-                averaging,
-                apart,
-                windows=_known(_between_windows(t, apart) for t in tables),
-                seeds=_known(_between_runs(a, b) for a, b in itertools.combinations(tables, 2)),
-                windows_inside=_known(_between_windows(t, apart) for t in kernels),
-                seeds_inside=_known(
-                    _between_runs(a, b) for a, b in itertools.combinations(kernels, 2)
-                ),
-            )
-        )
+        windows = _known(_between_windows(table, apart) for table in tables)
+        seeds = _known(_between_runs(a, b) for a, b in itertools.combinations(tables, 2))
+        found.append(Repeatability(measure, averaging, scope, apart, windows, seeds))
     return found
 
 

@@ -57,18 +57,17 @@ def repeatability(experiment: Experiment, rows: Rows) -> Iterator[str]:
     yield f"{len(there)} of {len(jobs)} runs. Spearman's correlation of the layers' scores with "
     yield "themselves: between windows of one run, with an interval over the runs, and between "
     yield "seeds in the same epoch, with the lowest pair. A default's measure reaches "
-    yield f"{BAR} in both over all layers; kernels are the layers that have one, norms left out."
+    yield f"{BAR} in both. Kernels are the layers that have one: norms are left out of the ranking."
     yield ""
     yield from table(
         (
-            "measure", "averaged", "epochs apart", "runs", "windows", "windows, kernels", "seeds",
-            "seeds, kernels", "reaches the bar",
+            "measure", "averaged", "layers", "epochs apart", "runs", "windows", "seeds",
+            "reaches the bar",
         ),
         [
             (
-                f.measure, f.averaging, str(f.lag), str(len(f.windows)), _ranged(f.windows),
-                _ranged(f.windows_inside), _lowest(f.seeds), _lowest(f.seeds_inside),
-                "yes" if f.repeats else "no",
+                f.measure, f.averaging, f.scope, str(f.lag), str(len(f.windows)),
+                _ranged(f.windows), _lowest(f.seeds), "yes" if f.repeats else "no",
             )
             for f in stages.repeatabilities(experiment, rows)
             if f.windows

@@ -31,7 +31,7 @@ class Run:
     Attributes:
         train: images trained on; None is all that are not held out.
         validation: training images held out, the same in all runs.
-        amplify: options of the Amplifier; None is a plain run.
+        amplify: options as for `bench.train.train`; None is a plain run.
         scores: keep all layers' scores, epoch by epoch.
         test: look at the test images when training is over.
     """
@@ -67,10 +67,15 @@ class Run:
 
 
 def stored_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What selects and multiplies; a default that changes later changes no stored run."""
-    stored = Options.make(given).to_dict()
+    """What selects and multiplies; a default that changes later changes no stored run.
+
+    Seeds of controls are left out: they go with the run's.
+    """
+    plain = {name: value for name, value in given.items() if name != "shuffle"}
+    stored = Options.make(plain).to_dict()
     usual = Options().to_dict()
-    return {
+    shuffled = {"shuffle": True} if "shuffle" in given else {}
+    return shuffled | {
         name: value
         for name, value in stored.items()
         if name not in NOT_CONFIG and (name in CHOSEN or value != usual[name])

@@ -116,18 +116,34 @@ def repeatabilities(experiment: Experiment, rows: Rows) -> list[Repeatability]:
 
 
 def measures(experiment: Experiment, rows: Rows) -> list[Options]:
-    """The two measures that repeat best, of those that reach the bar, as options."""
+    """The two measures that repeat best, of those that reach the bar, as options.
+
+    One that reaches it among layers with a kernel alone is screened on those.
+    """
     if not complete(stage0(experiment, rows), rows):
         raise NotReady("stage 0 is not finished: it says which measures repeat")
     best: dict[str, Repeatability] = {}
     for found in repeatabilities(experiment, rows):
         other = best.get(found.measure)
-        if found.repeats and (other is None or found.lowest > other.lowest):
+        if found.repeats and (other is None or _rank(found) > _rank(other)):
             best[found.measure] = found
     if not best:
         raise NotReady("stage 0 found no measure that repeats: there is nothing to screen")
     two = sorted(best.values(), key=lambda found: -found.lowest)[:2]
-    return [{"measure": f.measure, **experiment.averagings[f.averaging]} for f in two]
+    kernels = {"exclude_bias_and_norm": True}
+    return [
+        {
+            "measure": f.measure,
+            **experiment.averagings[f.averaging],
+            **(kernels if f.scope == "kernels" else {}),
+        }
+        for f in two
+    ]
+
+
+def _rank(found: Repeatability) -> tuple[bool, float]:
+    """All layers before kernels alone."""
+    return found.scope == "all", found.lowest
 
 
 # ---- stage 1: the best that goes without it -----------------------------------------
@@ -276,6 +292,8 @@ def describe(options: Options) -> str:
     words = [options["measure"], options["select"], f"by {options['factor']:g}"]
     if options["refresh"] == "epoch":
         words.append("by epoch")
+    if options.get("exclude_bias_and_norm"):
+        words.append("kernels")
     if options["threshold"] != "quantile":
         words.append(f"threshold {options['threshold']}")
     if "schedule" in options:
@@ -321,6 +339,8 @@ def arms(experiment: Experiment, rows: Rows) -> list[Job]:
             "plain": (here, None),
             "plain, tuned": (best, None),
             "inverse": (here, {**options, "select": other}),
+            "shuffled": (here, {**options, "shuffle": seed}),
+            "random": (here, {**options, "measure": "random", "seed": seed}),
         }
         jobs += [
             Job(arm, family.run(seed, plain, amplify, test=True))
