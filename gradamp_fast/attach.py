@@ -120,6 +120,7 @@ class Attachment(Part):
             )
         if any(other.serves(optimizer) for other in attachments(amplifier)):
             raise ValueError("the amplifier is attached to this optimizer already")
+        amplifier._rebind(warn=bool(amplifier._owned))  # new parameters, new optimizer
         plan = amplifier._plan
         ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}
         if ours.isdisjoint(_parameters(optimizer)):

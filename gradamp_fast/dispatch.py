@@ -86,8 +86,8 @@ def step(
             grad_scale, found_inf, unscale, lambda plan: mask if plan.slots is slots else None
         )
     finally:
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
+        for parameter, own_gradient in zip(parameters, before, strict=True):
+            parameter.grad = own_gradient
     for theirs, ours in copied:
         theirs.copy_(ours)
 

@@ -121,7 +121,9 @@ class GradScaler(torch.amp.GradScaler):
             )
         part = self._parts.get(optimizer)
         if part is None:
-            part = self._parts[optimizer] = _Part(self.amplifier, optimizer)
+            amplifier = self.amplifier
+            amplifier._rebind(warn=bool(amplifier._owned))  # new parameters, new optimizer
+            part = self._parts[optimizer] = _Part(amplifier, optimizer)
             part.begin()
             warn_if_scale_invariant(optimizer, stacklevel=4)
         part.refresh(optimizer)
