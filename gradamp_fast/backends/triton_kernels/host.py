@@ -22,7 +22,8 @@ _MEASURE: int = step.MEASURE.value
 _MULTIPLY: int = step.MULTIPLY.value
 # Programs on a processor at a time: as many as every GPU takes, if registers allow.
 _MAX_PROGRAMS = 16
-_REGISTERS, _WARP, _GRANULE = 65536, 32, 8
+# Of a processor; a warp's registers all lie in one of its quarters.
+_REGISTERS, _QUARTERS, _WARP, _GRANULE = 65536, 4, 32, 8
 
 
 def compiler_options(dtypes: int, cooperative: bool, hip: bool) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class Launcher:
         kernel = step.step_kernel.warmup(*arguments, grid=(1,), **options)
         kernel[(1, 1, 1)](*arguments)  # loads it; phases 0 do nothing
         registers = -(-kernel.n_regs // _GRANULE) * _GRANULE * _WARP
-        resident = min(_REGISTERS // registers, _MAX_PROGRAMS)
+        resident = min(_QUARTERS * (_REGISTERS // _QUARTERS // registers), _MAX_PROGRAMS)
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         grid = (min(self._tiles, processors * resident), 1, 1)
         kernel[grid](*arguments)  # a refusal of this grid shows here
