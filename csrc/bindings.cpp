@@ -23,7 +23,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled backends of gradamp_fast: the step on the CPU and, where built, on CUDA.";
   m.def("instruction_set", &gradamp::cpu::instruction_set, "What the CPU backend uses here.");
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
-        "Why the CUDA kernels cannot run on that GPU, with the fix; None if they can.");
+        "Why the CUDA kernels cannot run on that GPU (-1: the current one), with the fix; None if "
+        "they can.");
   py::class_<Plan>(m, "Plan")
       .def(py::init<std::vector<py::object>, std::vector<py::object>,
                     const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>&,

@@ -12,8 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
-from gradamp_fast import _extension
+from gradamp_fast import _extension, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -98,6 +99,18 @@ def test_registers_are_within_the_budget() -> None:
             assert int(registers) <= BUDGET.get(int(arch), USUAL_BUDGET), arch
             seen += 1
     assert seen == 2 * len(code())
+
+
+def test_a_gpu_that_the_kernels_cannot_run_on_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    binary()
+    monkeypatch.delenv("GRADAMP_BACKEND", raising=False)
+    monkeypatch.setattr(_extension.load(), "cuda_unavailable", "GPU {}: too old".format)
+    device = torch.device("cuda", 1)
+    assert backends.choose("auto", device).name in ("triton", "torch")
+    with pytest.raises(RuntimeError, match="GPU 1: too old"):
+        backends.choose("cuda", device)
 
 
 # ---- one dtype at a time --------------------------------------------------------------

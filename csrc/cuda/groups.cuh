@@ -21,7 +21,9 @@ __device__ inline int warp_index() {
 }
 
 // Asks for the 128 bytes around p to be brought to L2.
-__device__ inline void prefetch(const void* p) { asm volatile("prefetch.L2 [%0];" ::"l"(p)); }
+__device__ inline void prefetch(const void* p) {
+  asm volatile("prefetch.L2 [%0];" ::"l"(reinterpret_cast<uintptr_t>(p) & ~uintptr_t{127}));
+}
 
 // Over groups of 2 kTop lanes; every lane gets its group's sum.
 template <int kTop = 16, class T>

@@ -276,8 +276,10 @@ const void* kernel_for(int capacity) {
 // Loads the kernel; blocks of it that fit on a processor at once.
 cudaError_t prepare(int capacity, int shared, int& blocks) {
   const void* const kernel = kernel_for(capacity);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaFuncAttributes attributes;  // asked for: that loads a kernel which would be loaded lazily
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared);
 }

@@ -120,17 +120,6 @@ struct LaneSums {
   }
 };
 
-// The lane's first element, or the median of its first three, which is no outlier: all others
-// would lie far from that, and their squares would hide the variance.
-template <class E>
-__device__ inline typename E::Wide shift_for(uint4 raw, int valid) {
-  typename E::Wide x[E::kPerVector];
-  E::unpack(raw, x);
-  if constexpr (E::kPerVector >= 3)
-    if (valid >= 3) return fmaxf(fminf(x[0], x[1]), fminf(fmaxf(x[0], x[1]), x[2]));
-  return x[0];
-}
-
 // What came of vectors whose squares leave the range of fp32, which `d2` tells. A lane adds
 // them up again, scaled.
 template <class E, bool kFull>

@@ -27,4 +27,9 @@ class CudaBackend(CompiledBackend):
                 "the extension was built without CUDA kernels: install nvcc and rebuild with "
                 f"GRADAMP_CUDA=1 ({built.get('summary', '')})"
             )
-        return None
+        extension = _extension.load()
+        assert extension is not None
+        problem: str | None = extension.cuda_unavailable(
+            -1 if device.index is None else device.index
+        )
+        return problem
