@@ -31,6 +31,11 @@ def traced_step(
     only: bytes | None,
 ) -> None:
     """The call that stands in the graph; ``only`` as the backends take it."""
+    if amplifier._plan.sharded:
+        raise RuntimeError(
+            "a step over DTensor gradients waits for other processes and cannot be compiled: call "
+            "it outside of the compiled function"
+        )
     state, present, left_out, gradients = amplifier._state, [], [], []
     for index, slot in enumerate(amplifier._plan.slots):
         gradient = slot.parameter.grad
