@@ -39,9 +39,8 @@ class GradientAmplification(*_BASES):  # type: ignore[misc]
     """
 
     def __init__(self, **options: Any) -> None:
-        Options.make(options)
         self.amplifier: Amplifier | None = None
-        self._options = options
+        self._options = Options.make(options)
         self._stored: Mapping[str, Any] = {}
         self._steps: dict[Optimizer, _Step] = {}
 
@@ -50,7 +49,7 @@ class GradientAmplification(*_BASES):  # type: ignore[misc]
         self.on_train_end(trainer, pl_module)
         if self.amplifier is None or self.amplifier._model() is not unwrap(pl_module):
             self.amplifier = None  # before its successor, which may want the same parameters
-            self.amplifier = Amplifier(pl_module, **self._options)
+            self.amplifier = Amplifier(pl_module, **vars(self._options))
         if self._stored:
             self.amplifier.load_state_dict(self._stored)
             self._stored = {}
