@@ -75,3 +75,4 @@ class Shuffled(Amplifier):
             0, (self._kind + draws).argsort(), selected[self._kind.argsort(stable=True)]
         )
         selected.copy_(shuffled if due is None else torch.where(due, shuffled, selected))
+        self._follow()

@@ -45,7 +45,7 @@ struct GlobalState {
   double threshold = 0.0;      // tau of the last decision, NaN before the first
   double factor = 2.0;
   double total_norm = 0.0;     // before clipping
-  double unused[2] = {0.0, 0.0};
+  double unmeasured[2] = {0.0, 0.0};  // calls made elsewhere, and how many were skipped
 };
 
 struct LayerState {

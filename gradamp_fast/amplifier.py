@@ -20,6 +20,7 @@ from .gradients import Outcome, is_finite, state_device
 from .history import History
 from .layers import find_layers, unwrap
 from .options import Options, check_factor
+from .placement import BackwardSteps
 from .plan import Plan
 from .report import Report, Snapshot, make_report, take_snapshot
 from .state import State
@@ -36,10 +37,11 @@ class Amplifier:
     ``attach(optimizer)`` once. A layer is what one module owns directly, unless ``group_by``
     says otherwise. Options are those of ``Options``.
 
-    The model is not kept alive, and nothing is stored on it. From its first step on an
-    Amplifier owns the model's trainable parameters; another one's first step on any of them is
-    a ValueError for as long as it lives. Measures and selection rules are this project's reading
-    of arXiv 2305.18445, whose formulas are not public.
+    The model is not kept alive, and nothing is stored on it but, with ``placement="backward"``,
+    hooks that go with the Amplifier and do nothing in a copy of the model. From its first step
+    on an Amplifier owns the model's trainable parameters; another one's first step on any of
+    them is a ValueError for as long as it lives. Measures and selection rules are this
+    project's reading of arXiv 2305.18445, whose formulas are not public.
 
     Raises ValueError for options out of range and a model without trainable parameters.
     """
@@ -131,7 +133,11 @@ class Amplifier:
             self._own(self._plan)
         if self._backend is None:
             chosen = backends.choose(self.options.backend, self._state.device, self._plan.sharded)
-            self._backend = chosen(self._plan, self._state, self.options)
+            self._backend = (
+                chosen(self._plan, self._state, self.options)
+                if self.options.placement == "gradient"
+                else BackwardSteps(chosen, self._plan, self._state, self.options, self._model())
+            )
         return self._backend
 
     def _check_scalar(self, name: str, value: object) -> None:
@@ -256,6 +262,7 @@ class Amplifier:
         else:
             check_factor(value)
             self._state.scalar("factor").fill_(value)
+        self._follow()
 
     @property
     def total_norm(self) -> Tensor | None:
@@ -286,6 +293,14 @@ class Amplifier:
             if self.options.decay is None:
                 state.restart()
         self._needs_epoch = False
+        self._follow()
+
+    def _follow(self) -> None:
+        """Backpropagation, if that is what amplifies, goes by the state as it stands."""
+        if self.options.placement == "backward" and self._owned:
+            backend = self._ready()
+            assert isinstance(backend, BackwardSteps)
+            backend.refresh()
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Steps by itself before every ``optimizer.step()``, for the optimizer's parameters.
@@ -315,6 +330,8 @@ class Amplifier:
         is for other options.
         """
         self._state.reset()
+        if isinstance(self._backend, BackwardSteps):
+            self._backend.resume()
         self._history.clear()
         self._epoch = -1
         self._needs_epoch = self.options.needs_epochs()
@@ -373,6 +390,10 @@ class Amplifier:
         self.rebind()
         self._epoch = checkpoint.load(state_dict, self._plan, self._state, self.options)
         self._needs_epoch = self.options.needs_epochs() and self._epoch < 0
+        if self.options.placement == "backward":
+            backend = self._ready()
+            assert isinstance(backend, BackwardSteps)
+            backend.resume()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -16,6 +16,7 @@ Measure = Literal["fluctuation", "direction", "variance", "random"]
 ThresholdRule = Literal["mean", "std", "quantile"]
 Select = Literal["below", "above"]
 Timing = Literal["lagged", "exact"]
+Placement = Literal["gradient", "backward"]
 BackendName = Literal["auto", "cuda", "triton", "cpu", "torch"]
 GroupBy = Literal["module", "tensor"] | Callable[[str], str | None]
 Names = str | Iterable[str] | Callable[[str], bool]
@@ -45,6 +46,12 @@ class Options:
         schedule: when to amplify; None is always.
         timing: ``"lagged"`` multiplies by the selection that stood before the step,
             ``"exact"`` by the one made in it.
+        placement: ``"gradient"`` multiplies the selected layers' gradients, ``"backward"`` what
+            flows out of them while gradients are computed, so that earlier layers feel it.
+        measure_every: with ``placement="backward"`` every so many steps is plain and measured,
+            the others are amplified (None: 10); >= 2.
+        max_amplification: with ``placement="backward"``, bound of the product over all selected
+            layers (None: 16.0); > 1.
         match_norm: rescale so that the global norm is what it was.
         max_norm: clip the global norm, as ``torch.nn.utils.clip_grad_norm_`` does.
         group_by: ``"module"``, ``"tensor"`` or a function from parameter name to layer name
@@ -67,6 +74,9 @@ class Options:
     refresh: int | Literal["epoch"] = 100
     schedule: Schedule | None = None
     timing: Timing = "lagged"
+    placement: Placement = "gradient"
+    measure_every: int | None = None
+    max_amplification: float | None = None
     match_norm: bool = False
     max_norm: float | None = None
     group_by: GroupBy = "module"
@@ -130,6 +140,30 @@ class Options:
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option}={getattr(self, option)!r} is not True or False")
         one_of("backend", self.backend, get_args(BackendName))
+        self._validate_placement()
+
+    def _validate_placement(self) -> None:
+        one_of("placement", self.placement, get_args(Placement))
+        only = ("measure_every", "max_amplification")
+        if self.placement == "gradient":
+            for option in only:
+                if getattr(self, option) is not None:
+                    raise ValueError(
+                        f"{option}={getattr(self, option)!r} goes with placement='backward' only; "
+                        "placement is 'gradient'"
+                    )
+            return
+        if self.measure_every is not None:
+            _check_count("measure_every", self.measure_every, "a whole number >= 2", least=2)
+        if self.max_amplification is not None:
+            most = self.max_amplification
+            _check("max_amplification", most, lambda x: 1 < x < math.inf, "finite and > 1")
+        for option, value in (("timing", "lagged"), ("match_norm", False), ("group_by", "module")):
+            if getattr(self, option) != value:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r} does not go with placement='backward', "
+                    f"which multiplies before the step: leave it at {value!r}"
+                )
 
     @classmethod
     def make(cls, given: Mapping[str, Any]) -> Options:

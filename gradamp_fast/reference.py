@@ -279,16 +279,34 @@ def decide(state: State, options: Options, decision: Tensor, *, due: Tensor | No
 
 
 def active_factor(state: State, options: Options) -> Tensor:
-    """What selected layers are multiplied by now: fp64 [], 1 outside all windows."""
+    """What selected layers are multiplied by now: fp64 [], 1 outside all windows.
+
+    Where factors compound, as with ``placement="backward"``, no closer to 0 or infinity than
+    lets the product over all selected layers stay within ``max_amplification``.
+    """
+    factor = _scheduled_factor(state, options)
+    if options.placement == "gradient":
+        return factor
+    selected = state.column("selected").sum().clamp(min=1)
+    largest = (options.max_amplification or 16.0) ** (1 / selected)
+    return torch.minimum(torch.maximum(factor, 1 / largest), largest)
+
+
+def _scheduled_factor(state: State, options: Options) -> Tensor:
     factor = state.scalar("factor")
     if options.schedule is None:
         return factor
-    now = state.scalar(options.schedule.unit)
+    now = step_number(state) if options.schedule.unit == "step" else state.scalar("epoch")
     active = torch.ones_like(factor)
     for start, stop, own in options.schedule.windows:
         inside = (now >= start) & (now < stop)
         active = torch.where(inside, factor if own is None else own, active)
     return active
+
+
+def step_number(state: State) -> Tensor:
+    """Steps so far, those that nothing measured included: fp64 []."""
+    return state.scalar("step") + state.scalar("unmeasured_steps")
 
 
 # ---- commit -------------------------------------------------------------------------

@@ -103,7 +103,9 @@ def make_report(snapshot: Snapshot) -> Report:
     """Host arithmetic alone."""
     state, options = snapshot.state, snapshot.options
     values = dict(zip(GLOBALS, state.values[: len(GLOBALS)].tolist(), strict=True))
-    step, counted = int(values["step"]), int(values["step"] - values["skipped_steps"])
+    step = int(values["step"] + values["unmeasured_steps"])
+    skipped = int(values["skipped_steps"] + values["unmeasured_skipped"])
+    apart = (options.measure_every or 10) if options.placement == "backward" else 1
     fluctuation, direction, score = (
         values.tolist()
         for values in (
@@ -116,7 +118,7 @@ def make_report(snapshot: Snapshot) -> Report:
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
         row = dict(zip(FIELDS, state.layers[index].tolist(), strict=True))
-        selected, changed_at = row["selected"] != 0, int(row["changed_at"])
+        selected, changed_at = row["selected"] != 0, min(int(row["changed_at"]) * apart, step)
         temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
         layers.append(
             LayerReport(
@@ -131,7 +133,9 @@ def make_report(snapshot: Snapshot) -> Report:
                 selected=selected,
                 factor=factor if selected else 1.0,
                 amplified_steps=int(row["amplified_steps"]),
-                amplified_share=row["amplified_steps"] / counted if counted else 0.0,
+                amplified_share=row["amplified_steps"] / (step - skipped)
+                if step > skipped
+                else 0.0,
                 changed_at=changed_at,
                 steps_since_change=step - changed_at if selected or changed_at else None,
             )
@@ -140,7 +144,7 @@ def make_report(snapshot: Snapshot) -> Report:
         layers=tuple(layers),
         threshold=values["threshold"],
         steps=step,
-        skipped_steps=int(values["skipped_steps"]),
+        skipped_steps=skipped,
         epoch=int(values["epoch"]) if values["epoch"] >= 0 else None,
         measure=options.measure,
         select=options.select,

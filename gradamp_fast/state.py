@@ -15,8 +15,8 @@ GLOBALS = (
     "threshold",  # of the last decision; NaN before the first
     "factor",
     "total_norm",  # before clipping
-    "unused0",
-    "unused1",
+    "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
+    "unmeasured_skipped",
 )
 FIELDS = (
     "steps",  # k

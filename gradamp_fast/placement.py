@@ -1,0 +1,183 @@
+"""Amplification during backpropagation: what flows out of a selected layer, towards its inputs.
+
+``placement="backward"`` alone; this project's reading of arXiv 2006.10560. All of a layer's
+gradient that goes on to earlier layers is multiplied, at every use of its module, so that the
+factors of the layers on a path compound. The scores of such a step would be those of amplified
+gradients, and on a graph with branches no division gives back the plain ones. So every
+``measure_every``-th step is plain: measured, counted, decided by. The steps between are
+amplified, and pass by the state.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import reference
+from .backends import Stepping
+from .gradients import Outcome
+from .options import Options
+from .plan import Plan
+from .schedule import Schedule
+from .state import GLOBALS, State
+
+_NEVER = Schedule([(2**53 - 1, 2**53)], unit="step")  # gradients themselves are not multiplied
+_UNMEASURED = slice(GLOBALS.index("unmeasured_steps"), GLOBALS.index("unmeasured_skipped") + 1)
+_COUNTERS = slice(GLOBALS.index("step"), GLOBALS.index("skipped_steps") + 1)
+
+
+class BackwardSteps:
+    """Steps of one plan: a backend that measures, one that passes by, and hooks on the model.
+
+    Attributes:
+        multipliers: by dtype, fp32 and fp64 [layers]: what flows out of each layer is multiplied
+            by. Written in place after each step, read on the device while gradients flow.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Plan, State, Options], Stepping],
+        plan: Plan,
+        state: State,
+        options: Options,
+        model: nn.Module | None,
+    ) -> None:
+        if plan.sharded:
+            raise ValueError('placement="backward" does not serve sharded gradients')
+        self._state, self._options = state, options
+        self._every = options.measure_every or 10
+        self._measuring = make(plan, state, replace(options, schedule=_NEVER))
+        self._aside = State(plan, options.factor, state.device)
+        self._passing = make(plan, self._aside, replace(options, schedule=_NEVER, refresh="epoch"))
+        self.multipliers = {
+            dtype: torch.ones(len(plan.layers), dtype=dtype, device=state.device)
+            for dtype in (torch.float32, torch.float64)
+        }
+        handles = [] if model is None else _hook(model, plan, self)
+        weakref.finalize(self, _remove, handles)
+        self.resume()
+
+    def resume(self) -> None:
+        """Goes on from a state that has just been written; waits for the device."""
+        self._calls = int(reference.step_number(self._state))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The multipliers for the coming backpropagation, from the state as it stands."""
+        factor = torch.ones_like(self._state.scalar("factor"))
+        if self._calls % self._every:
+            factor = reference.active_factor(self._state, self._options)
+        selected = self._state.column("selected") != 0
+        for multipliers in self.multipliers.values():
+            multipliers.copy_(torch.where(selected, factor, 1.0))
+
+    def step(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        unscale: bool,
+        only: bytes | None,
+        walked: bool,
+    ) -> Outcome:
+        if only is not None:
+            raise ValueError(
+                'placement="backward" needs one optimizer that holds all trainable parameters: '
+                "its steps are those of the whole model"
+            )
+        if self._state.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                'a step with placement="backward" cannot be captured, since not every step '
+                "measures: capture forward and backward, and step outside of the graph"
+            )
+        if self._calls % self._every == 0:
+            outcome = self._measuring.step(grad_scale, found_inf, unscale, None, walked)
+        else:
+            outcome = self._pass(grad_scale, found_inf, unscale, walked)
+        if outcome is Outcome.DONE:
+            self._calls += 1
+            self.refresh()
+        return outcome
+
+    @torch.no_grad()
+    def _pass(
+        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale: bool, walked: bool
+    ) -> Outcome:
+        """Unscales, clips and looks for NaN as any step does, on a state that nobody reads."""
+        aside, counters = self._aside, self._state.values[_UNMEASURED]
+        aside.values[_COUNTERS] = counters
+        outcome = self._passing.step(grad_scale, found_inf, unscale, None, walked)
+        if outcome is Outcome.DONE:
+            counted = aside.scalar("skipped_steps") == counters[1]
+            amplified = counted & (self.multipliers[torch.float64] != 1)
+            self._state.column("amplified_steps").add_(amplified)
+            counters.copy_(aside.values[_COUNTERS])
+            self._state.scalar("total_norm").copy_(aside.scalar("total_norm"))
+        return outcome
+
+
+class _Hook:
+    """Before a module's forward: its inputs are passed on as views that multiply what flows back.
+
+    Holds neither amplifier nor model. A copy of the model, or one from a pickle, has hooks that
+    do nothing.
+    """
+
+    def __init__(self, steps: BackwardSteps | None = None, layer: int = 0) -> None:
+        self._steps = (lambda: None) if steps is None else weakref.ref(steps)
+        self._layer = layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._steps() is None or not torch.is_grad_enabled():
+            return None
+        return self._viewed(args), {name: self._viewed(value) for name, value in kwargs.items()}
+
+    def _viewed(self, value: Any) -> Any:
+        # A module that overwrites its input leaves the view behind: its gradient goes unmultiplied.
+        if type(value) is tuple:
+            return tuple(self._viewed(item) for item in value)
+        if isinstance(value, Tensor) and value.requires_grad and value.layout == torch.strided:
+            value = value.view_as(value)
+            value.register_hook(self._multiplied)
+        return value
+
+    def _multiplied(self, gradient: Tensor) -> Tensor | None:
+        steps = self._steps()
+        if steps is None:
+            return None
+        wide = gradient.dtype in (torch.float64, torch.complex128)
+        multiplier = steps.multipliers[torch.float64 if wide else torch.float32][self._layer]
+        if multiplier.device != gradient.device:
+            return None  # the model has moved; the next step follows it
+        # Expanded, so that it is not rounded to a narrower gradient's dtype before the product is.
+        return (gradient * multiplier.expand_as(gradient)).to(gradient.dtype)
+
+
+def _hook(model: nn.Module, plan: Plan, steps: BackwardSteps) -> list[RemovableHandle]:
+    """A hook on the module of each layer, the first that owns its parameters."""
+    layer_of = {id(slot.parameter): slot.layer for slot in plan.slots[: plan.measured]}
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if id(parameter) in layer_of:
+                owners.setdefault(layer_of[id(parameter)], module)
+    return [
+        module.register_forward_pre_hook(_Hook(steps, layer), with_kwargs=True)
+        for layer, module in owners.items()
+    ]
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
