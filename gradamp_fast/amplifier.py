@@ -79,6 +79,7 @@ class Amplifier:
             unscale: also divide the gradients by ``grad_scale``; False leaves that to an
                 optimizer that does it itself.
 
+        With sharded parameters all processes have to call it, and what reads the state as well.
         With gradient accumulation call it only before the optimizer's step: it would amplify
         twice. Raises RuntimeError if options count epochs and ``set_epoch`` was never called,
         TypeError or ValueError, naming the parameter, for gradients that cannot be amplified.
@@ -378,14 +379,19 @@ class Amplifier:
     # ---- checkpoints ----------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot on the CPU: plain values and tensors, readable with ``weights_only``."""
+        """A snapshot on the CPU: plain values and tensors, readable with ``weights_only``.
+
+        With sharded parameters it holds the whole sketch, gathered from all processes, and they
+        all have to call it.
+        """
         return checkpoint.save(self._plan, self._state, self.options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues from a snapshot, of whichever backend.
 
         Raises ValueError, with nothing loaded, if it is of another schema, of other options
-        (``backend`` and ``error_if_nonfinite`` may differ) or of a model with other layers.
+        (``backend`` and ``error_if_nonfinite`` may differ), of a model with other layers, or of
+        parameters that were sharded in another way, cutting through the sketch's buckets.
         """
         self.rebind()
         self._epoch = checkpoint.load(state_dict, self._plan, self._state, self.options)

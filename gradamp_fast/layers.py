@@ -112,8 +112,7 @@ def _prepare_fsdp(model: nn.Module) -> None:
                     raise TypeError(
                         f"parameter {name!r} is sharded by FullyShardedDataParallel, whose flat "
                         "pieces do not tell which layer an element is of: use "
-                        "torch.distributed.fsdp.fully_shard (FSDP2) instead, or "
-                        "use_orig_params=True with ShardingStrategy.NO_SHARD"
+                        "torch.distributed.fsdp.fully_shard (FSDP2) instead"
                     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,24 @@ class Pair:
             gradients[name] = None
         put(self.models[1], spread(self.cut, gradients))
         put(self.models[0], gradients)
+        before = self.places()
         for amplifier in self.amplifiers:
             amplifier.step(**amp, unscale=self.unscale)
+        after = self.places()
+        assert after.keys() == before.keys()
+        for name, (address, version) in before.items():
+            assert after[name][0] == address, "a gradient has moved"
+            if self.cut[name] is not None:
+                assert after[name][1] > version
         self.compare()
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Where every gradient lies here, and its version."""
+        return {
+            name: (here(p.grad).data_ptr(), p.grad._version)
+            for name, p in self.models[1].named_parameters()
+            if p.grad is not None
+        }
 
     def compare(self) -> None:
         expected, actual = (amplifier.report() for amplifier in self.amplifiers)
@@ -533,12 +549,14 @@ def refused(rank: int) -> None:
 def first_fsdp(rank: int) -> None:
     """FullyShardedDataParallel that shards nothing is like DDP."""
     torch.manual_seed(0)
-    model = FullyShardedDataParallel(
-        Network(),
-        device_id=torch.device("cpu"),
-        sharding_strategy=ShardingStrategy.NO_SHARD,
-        use_orig_params=True,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it is on its way out
+        model = FullyShardedDataParallel(
+            Network(),
+            device_id=torch.device("cpu"),
+            sharding_strategy=ShardingStrategy.NO_SHARD,
+            use_orig_params=True,
+        )
     amplifier = Amplifier(model, **QUICK)
     generator = torch.Generator().manual_seed(rank)
     for _ in range(4):
