@@ -222,7 +222,7 @@ def all_placements(rank: int) -> None:
     """Statistics, selection, written bits, norms: those of the whole gradients."""
     line, square = meshes()
     runs = (
-        ("cpu", one_mesh(line), SETTINGS[:2]),
+        ("cpu", one_mesh(line), [*SETTINGS[:2], {"measure": "random", "threshold": 0.5}]),
         ("cpu", replicas(square), SETTINGS[1:4]),
         ("cpu", mixture(line, square), SETTINGS),
         ("torch", mixture(line, square), SETTINGS[2:3]),
@@ -534,6 +534,8 @@ def refused(rank: int) -> None:
 
     _, network = networks()
     network(torch.randn(4, 64)).sum().backward()
+    with pytest.raises(ValueError, match=r"backward.* does not serve sharded gradients"):
+        gradamp_fast.fused_amplify(network, placement="backward")
     assert gradamp_fast.fused_amplify(network).report().steps == 1
     gradamp_fast.reset(network)
     amplifier = Amplifier(network, backend="triton")
