@@ -311,8 +311,9 @@ class Amplifier:
         itself (``fused=True`` under a GradScaler) is left to do so. Returns a handle whose
         ``remove()`` ends it. Warns for optimizers that a constant factor does not move.
 
-        The optimizer keeps the amplifier alive. One inside a wrapper such as Accelerate's is
-        attached to itself.
+        The optimizer keeps the amplifier alive; a copy of it made by ``copy.deepcopy`` has no
+        hook, so attach to that anew. One inside a wrapper such as Accelerate's is attached to
+        itself.
 
         Raises ValueError if the optimizer holds none of the model's parameters, or is attached
         already, TypeError if it is none, or calls no hooks.

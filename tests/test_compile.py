@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import gradamp_fast
 from gradamp_fast import Amplifier
+from gradamp_fast.dispatch import traced_step
+from gradamp_fast.plan import Plan
 
 QUICK = {"min_steps": 2, "refresh": 2, "decay": 0.9}
 CPU = Place("cpu", "cpu")
@@ -252,6 +254,15 @@ def test_the_first_drop_in_call_is_made_outside_of_a_full_graph() -> None:
     for _ in range(3):
         step()
     assert gradamp_fast.fused_amplify(model).report().steps == 4
+
+
+def test_gradients_of_several_processes_are_not_for_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    amplifier = Amplifier(network())
+    monkeypatch.setattr(Plan, "sharded", True)
+    with pytest.raises(RuntimeError, match="outside of the compiled function"):
+        traced_step(amplifier, None, None, True, None)
 
 
 def test_a_step_that_outlives_its_amplifier() -> None:
