@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 import test_train  # noqa: F401  # skips where torchvision cannot be imported
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import budget, repeatability, report, stages
+from bench.accuracy import budget, figures, repeatability, report, stages
 from bench.accuracy.presets import name_of
 from bench.accuracy.repeatability import judge, lag
 from bench.accuracy.runs import Row, Run, execute
@@ -472,6 +472,20 @@ def test_the_page_s_commands_are_understood() -> None:
     assert len(found) > 7
     names = {name_of(command.arguments([*line.split(), "--device=cpu"])) for line in found}
     assert {"cifar10-cpu", "cifar10-cpu-on-cifar100", "cifar10-cpu-on-vgg19_bn"} <= names
+
+
+def test_there_is_a_report_at_any_time(tmp_path: Path) -> None:
+    rows: dict[Any, Row] = {}
+    for stage, make in stages.STAGES.items():
+        for count in range(100):
+            missing = [job for job in make(TINY, rows) if job.run.key not in rows]
+            if not missing:
+                break
+            for job in missing[: 1 if count == 0 else None]:
+                scores, test = repeating(job.run), 0.5 if job.run.test else None
+                rows[job.run.key] = row_of(job.run, layer_scores=scores, test=test)
+            assert report.page(TINY, rows).startswith("# fake")
+            figures.draw(TINY, rows, tmp_path, stage)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

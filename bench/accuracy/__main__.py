@@ -4,7 +4,7 @@ python -m bench.accuracy stage0           does a score repeat?
 python -m bench.accuracy stage1           the best plain recipe
 python -m bench.accuracy stage2           which layers, when, how strongly
 python -m bench.accuracy stage3           confirmation on fresh seeds and the test images
-python -m bench.accuracy more             other thresholds
+python -m bench.accuracy more             other thresholds, and backward placement
 python -m bench.accuracy report           tables and figures of what is there; runs nothing
 
 Every command goes on where an earlier one ended, on whichever machine.

@@ -296,6 +296,8 @@ def describe(options: Options) -> str:
         words.append("kernels")
     if options["threshold"] != "quantile":
         words.append(f"threshold {options['threshold']}")
+    if "placement" in options:
+        words.append(options["placement"])
     if "schedule" in options:
         words += [f"epochs {start:g}-{stop:g}" for start, stop, _ in options["schedule"].windows]
     return " ".join(words)
@@ -327,8 +329,10 @@ def retune(experiment: Experiment, rows: Rows) -> list[Job]:
 
 def arms(experiment: Experiment, rows: Rows) -> list[Job]:
     """ "plain" is plain at the chosen learning rate; it may be the tuned one."""
-    best = best_of(retune(experiment, rows), rows)
     times, options = chosen(experiment, rows)
+    if not complete(tuning := retune(experiment, rows), rows):
+        raise NotReady("stage 3 has not tuned the plain recipe of the confirming family yet")
+    best = best_of(tuning, rows)
     here = best._replace(lr=times * best.lr)
     family = experiment.confirm
     other = {"below": "above", "above": "below"}[options["select"]]
@@ -361,18 +365,35 @@ def contrasts(experiment: Experiment, rows: Rows) -> dict[tuple[str, str], Inter
 
 # ---- more ---------------------------------------------------------------------------
 
+MEASURED = 10
+
 
 def more(experiment: Experiment, rows: Rows) -> list[Job]:
-    """Other thresholds for what was chosen; validation images, in the screening family."""
+    """Other thresholds and placement for what was chosen; validation images, screening family."""
     plain = tuned(experiment, rows)
     times, options = chosen(experiment, rows)
     kept = {name: value for name, value in options.items() if name != "quantile"}
     here = plain._replace(lr=times * plain.lr)
     return [
-        _amplified(experiment, times, here, {**kept, "threshold": rule}, seed)
+        _amplified(experiment, times, here, changed, seed)
         for seed in experiment.screen_seeds
-        for rule in ("mean", "std")
-    ]
+        for changed in (
+            {**kept, "threshold": "mean"}, {**kept, "threshold": "std"}, _backward(options),
+        )
+    ]  # fmt: skip
+
+
+def _backward(options: Options) -> Options:
+    """The same during backpropagation, which measures one step in `MEASURED`, over as long."""
+    changed: dict[str, Any] = {
+        "placement": "backward",
+        "measure_every": MEASURED,
+        "min_steps": max(options["min_steps"] // MEASURED, 2),
+    }
+    if options["refresh"] != "epoch":
+        changed["refresh"] = max(options["refresh"] // MEASURED, 1)
+        changed["decay"] = options["decay"] ** MEASURED
+    return {**options, **changed}
 
 
 STAGES: dict[str, Callable[[Experiment, Rows], list[Job]]] = {
