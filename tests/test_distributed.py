@@ -152,6 +152,28 @@ def compiled(rank: int, processes: int) -> str:
     return digest(model, amplifier)
 
 
+def during_backpropagation(rank: int, processes: int) -> str:
+    """placement="backward": what a process amplifies is what all of them together would."""
+    options = {**QUICK, "placement": "backward", "measure_every": 2, "min_steps": 1, "refresh": 1}
+    model, alone = branches(), branches()
+    parallel = DistributedDataParallel(model)
+    amplifier, single = Amplifier(parallel, **options), Amplifier(alone, **options)
+    mine, whole = batches(rank, processes, 10)
+    plain = branches()
+    differing = 0
+    for batch, everything in zip(mine, whole, strict=True):
+        for module, x in ((parallel, batch), (alone, everything), (plain, everything)):
+            module.zero_grad()
+            backward(module, x)
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        differing += not torch.allclose(alone.stem.weight.grad, plain.stem.weight.grad)
+        amplifier.step()
+        single.step()
+    assert differing > 0
+    return digest(model, amplifier)
+
+
 def stored(rank: int, processes: int, folder: str) -> str:
     """Through torch.distributed.checkpoint, from one wrapper into another, bit for bit."""
     model, second = branches(), branches()
@@ -175,7 +197,7 @@ def stored(rank: int, processes: int, folder: str) -> str:
     return digest(model, amplifier)
 
 
-CHECKS = (bucket_views, accumulated, unused, compiled)
+CHECKS = (bucket_views, accumulated, unused, compiled, during_backpropagation)
 
 
 def all_checks(rank: int, processes: int, folder: str) -> dict[str, str]:
