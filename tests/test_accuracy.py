@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,8 @@ from bench.accuracy.statistics import holm, mean, spearman, welch
 from bench.accuracy.store import Store, read
 from bench.data import Data
 from bench.train import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RECIPE = Recipe(arch="cnn", width=0.5, epochs=2, batch=32, lr=0.05)
 FAMILY = Family("fake", RECIPE, 128, 64)
@@ -504,5 +508,6 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.slow
 def test_workers_share_the_work(tmp_path: Path) -> None:
     out = ["--data=fake", "--device=cpu", f"--out={tmp_path}", "--epochs=2", "--width=0.25"]
-    assert command.main(["stage0", *out, "--workers=2"]) == 0
+    typed = [sys.executable, "-m", "bench.accuracy", "stage0", *out, "--workers=2"]
+    subprocess.run(typed, cwd=ROOT, check=True)  # as a module, which spawned processes are told of
     assert len(read(tmp_path / "fake-cpu.csv")) == len(Store(tmp_path / "a.csv").rows()) == 8

@@ -13,7 +13,6 @@ Every command goes on where an earlier one ended, on whichever machine.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import multiprocessing
 import sys
@@ -25,12 +24,10 @@ import torch
 
 from bench import models
 from bench.accuracy import figures, report
-from bench.accuracy.budget import work
 from bench.accuracy.presets import RECIPES, experiment_for, name_of
-from bench.accuracy.stages import STAGES, Experiment, NotReady
-from bench.accuracy.store import Store
-from bench.data import NAMES, DataMissing, load
-from bench.results import describe_machine
+from bench.accuracy.stages import STAGES
+from bench.accuracy.worker import store_for, worker
+from bench.data import NAMES
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy"
 
@@ -67,31 +64,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def store_for(given: argparse.Namespace) -> Store:
-    kind = given.device.partition(":")[0]
-    return Store(given.out / f"{given.data}-{kind}.csv", given.seen)
-
-
-def worker(given: argparse.Namespace, experiment: Experiment, started: float) -> None:
-    """Works until the budget, counted from `started` (time.time()), is spent."""
-    device = torch.device(given.device)
-    torch.backends.cudnn.benchmark = True
-    machine = describe_machine(device)
-    name = machine["name"]
-    about = {
-        "device": f"{name}, {machine['threads']} threads" if device.type == "cpu" else name,
-        "torch": machine["torch"],
-        "commit": given.commit or machine["commit"],
-    }
-    read = functools.cache(lambda name: load(name, given.root, device=device))
-    try:
-        budget = given.budget_s - (time.time() - started)
-        say = functools.partial(print, flush=True)
-        work(given.stage, experiment, store_for(given), read, about, budget, say)
-    except (DataMissing, NotReady, ValueError) as error:
-        sys.exit(f"python -m bench.accuracy: {error}")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     started = time.time()
@@ -117,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         process.start()
     for process in processes:
         process.join()
-    return max(process.exitcode or 0 for process in processes)
+    return int(any(process.exitcode for process in processes))
 
 
 if __name__ == "__main__":
