@@ -73,8 +73,8 @@ export SANITIZER
 
 part build 105 bash -c build
 part doctor 25 "$PYTHON" -m gradamp_fast doctor
-part cuda-tests 105 bash -c "tests -m gpu tests/test_cuda.py tests/test_device.py \
-  tests/test_cuda_graph_training.py tests/test_traps.py -k 'not triton'"
+part cuda-tests 105 bash -c "tests -m gpu tests/step/test_{cuda,device}.py \
+  tests/compiled/test_cuda_graph_training.py tests/doors/test_traps.py -k 'not triton'"
 part bars 90 "$PYTHON" -m bench.gpu_bars --out "$OUT"
 for tool in memcheck racecheck synccheck; do
   if [ -n "$SANITIZER" ]; then
@@ -83,12 +83,11 @@ for tool in memcheck racecheck synccheck; do
     verdict "$tool" 0 "not run: compute-sanitizer is neither on PATH nor in CUDA_HOME"
   fi
 done
-part triton-tests 45 bash -c "tests -m gpu tests/test_triton_gpu.py tests/test_device.py \
-  tests/test_cuda_graph_training.py -k triton"
+part triton-tests 45 bash -c "tests -m gpu tests/step/test_{triton_gpu,device}.py \
+  tests/compiled/test_cuda_graph_training.py -k triton"
 part benchmarks 50 "$PYTHON" -m bench.parts --out "$OUT"
-part step-tests 40 bash -c "tests tests/test_step.py tests/test_norms.py tests/test_amp.py \
-  tests/test_statistics.py tests/test_layouts.py tests/test_sketch.py tests/test_checkpoint.py \
-  -k 'not triton'"
+part step-tests 40 bash -c "tests tests/step/test_{step,norms,amp,statistics,layouts,sketch}.py \
+  tests/doors/test_checkpoint.py -k 'not triton'"
 
 timeout 20 "$PYTHON" - "$table" >"$OUT/acceptance.json" <<'END'
 import json

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 try:
     import hypothesis
 except ImportError:  # a machine that has a GPU may have little else
-    collect_ignore = ["test_hypothesis.py"]
+    collect_ignore = ["step/test_hypothesis.py"]
 else:
     hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
     hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)

@@ -16,7 +16,7 @@ import torch
 
 from gradamp_fast import _extension, backends
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Registers a thread for the occupancy that the kernel asks for: three blocks of 256 threads

@@ -32,7 +32,7 @@ from bench.accuracy.store import Store, read
 from bench.data import Data
 from bench.train import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 RECIPE = Recipe(arch="cnn", width=0.5, epochs=2, batch=32, lr=0.05)
 FAMILY = Family("fake", RECIPE, 128, 64)
@@ -471,7 +471,7 @@ def test_the_report_is_honest_about_few_runs() -> None:
 
 
 def test_the_page_s_commands_are_understood() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "accuracy.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "accuracy.md").read_text()
     found = re.findall(r"^python -m bench\.accuracy (.*)$", page, re.MULTILINE)
     assert len(found) > 7
     names = {name_of(command.arguments([*line.split(), "--device=cpu"])) for line in found}

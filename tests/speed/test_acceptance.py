@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent.parent / "bench" / "gpu_acceptance.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_acceptance.sh"
 
 
 def test_it_is_a_script() -> None:

@@ -22,7 +22,7 @@ from cases import missing_libraries
 
 from gradamp_fast import Amplifier, _extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
 ]  # fmt: skip

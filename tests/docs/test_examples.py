@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cases import missing_libraries
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEED_TORCHRUN = ("ddp.py", "fsdp2.py")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

@@ -18,7 +18,7 @@ import torch
 
 from gradamp_fast import _extension, _version
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOWHERE = "/nowhere"
 
 _spec = importlib.util.spec_from_file_location("probe", ROOT / "cmake" / "probe.py")

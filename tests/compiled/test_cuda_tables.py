@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 TILE, GROUP, SMALL, LARGE = 4096, 32, 448, 4000
 
 Tensors = Sequence[tuple[int, int]]  # layer (-1: excluded) and number of elements
@@ -25,7 +25,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Tensors], d
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path_factory.mktemp("tables") / "tables"
-    sources = [Path(__file__).parent / "cuda" / "tables.cpp", CSRC / "cuda" / "tables.cpp"]
+    sources = [Path(__file__).parents[1] / "cuda" / "tables.cpp", CSRC / "cuda" / "tables.cpp"]
     sources.append(CSRC / "layout.cpp")
     command = [compiler, "-std=c++17", "-O1", f"-I{CSRC}", *map(str, sources), "-o", str(program)]
     subprocess.run(command, check=True)

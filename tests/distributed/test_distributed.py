@@ -20,7 +20,7 @@ from gradamp_fast import Amplifier
 if not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK: dict[str, Any] = {"min_steps": 2, "refresh": 2, "decay": 0.9}
 
 
