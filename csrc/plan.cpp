@@ -44,6 +44,38 @@ Config read_config(const py::dict& options, const std::vector<Window>& windows) 
   return c;
 }
 
+// The engines size their buffers by these rules, and look nothing up in Python again.
+void check_tensor(size_t index, const TensorInfo& info, int64_t row) {
+  const int32_t least = bucket_log2(info.numel);  // of a part; that of its whole may be more
+  TORCH_CHECK_VALUE(info.numel >= 0, "tensor ", index, " has numel ", info.numel);
+  TORCH_CHECK_VALUE(
+      info.bucket_log2 >= least &&
+          (info.bucket_log2 == 0 || info.bucket_log2 == 4 || info.bucket_log2 == 9),
+      "tensor ", index, " of ", info.numel, " elements has bucket_log2 ", info.bucket_log2,
+      "; the bucket rule gives 0, 4 or 9, and ", least, " or more for so many elements");
+  if (info.layer < 0) return;
+  const int64_t buckets = (info.numel + (int64_t{1} << info.bucket_log2) - 1) >> info.bucket_log2;
+  TORCH_CHECK_VALUE(info.first_bucket >= 0 && info.first_bucket + buckets <= row, "tensor ", index,
+                    " has buckets ", info.first_bucket, " to ", info.first_bucket + buckets,
+                    " in a sketch of ", row);
+}
+
+void check_state(const at::Tensor& values, const at::Tensor& sketch, const at::Tensor& parity,
+                 int64_t num_layers, int64_t measured) {
+  const int64_t numbers = kGlobalFields + num_layers * kLayerFields;
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kDouble && values.is_contiguous() &&
+                        values.numel() == numbers,
+                    "`values` must be ", numbers, " contiguous float64 numbers");
+  TORCH_CHECK_VALUE(sketch.scalar_type() == at::kFloat && sketch.is_contiguous() &&
+                        sketch.dim() == 2 && sketch.size(0) == 2,
+                    "`sketch` must be contiguous float32 [2, buckets]");
+  TORCH_CHECK_VALUE(parity.scalar_type() == at::kInt && parity.is_contiguous() &&
+                        parity.numel() == measured,
+                    "`parity` must be ", measured, " contiguous int32 numbers");
+  TORCH_CHECK_VALUE(sketch.device() == values.device() && parity.device() == values.device(),
+                    "`values`, `sketch` and `parity` must be on one device");
+}
+
 cpu::Threads torch_threads() {
   return {[] { return at::get_num_threads(); },
           [](int workers, const std::function<void()>& body) {
@@ -82,6 +114,7 @@ Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
     : parameters_(std::move(parameters)),
       watched_(std::move(watched)),
       had_gradient_(tensors.size(), 0),
+      sums_numel_((num_layers + 1) * static_cast<int64_t>(sizeof(LayerSums) / sizeof(double))),
       values_(std::move(values)),
       sketch_(std::move(sketch)),
       parity_(std::move(parity)),
@@ -89,15 +122,17 @@ Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
       addresses_(tensors.size(), nullptr),
       dtypes_(tensors.size(), DType::kFloat32),
       written_(tensors.size(), 0) {
-  TORCH_CHECK(parameters_.size() == tensors.size(), "parameters and tensors differ in length");
+  TORCH_CHECK_VALUE(parameters_.size() == tensors.size(),
+                    "parameters and tensors differ in length");
   std::vector<TensorInfo> infos;
-  for (const auto& [layer, numel, bucket_log2, first_bucket, first_word] : tensors) {
-    infos.push_back({numel, 0, first_bucket, layer, bucket_log2, first_word});
+  int64_t measured = 0;
+  for (const auto& [layer, numel, log2, first_bucket, first_word] : tensors) {
+    infos.push_back({numel, 0, first_bucket, layer, log2, first_word});
     numel_.push_back(numel);
+    measured += layer >= 0;
   }
-  TORCH_CHECK(values_.numel() == kGlobalFields + num_layers * kLayerFields,
-              "the state has ", values_.numel(), " values; this build of the extension wants ",
-              kGlobalFields + num_layers * kLayerFields, ": rebuild gradamp_fast");
+  check_state(values_, sketch_, parity_, num_layers, measured);
+  for (size_t i = 0; i < infos.size(); ++i) check_tensor(i, infos[i], sketch_.size(1));
   double* const values_data = values_.data_ptr<double>();
   const StateView state = {reinterpret_cast<GlobalState*>(values_data),
                            reinterpret_cast<LayerState*>(values_data + kGlobalFields),
@@ -172,7 +207,11 @@ Outcome Plan::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                              const std::optional<at::Tensor>& grad_scale,
                              const std::optional<at::Tensor>& found_inf, bool unscale,
                              const std::optional<at::Tensor>& sums) {
-  TORCH_CHECK(gradients.size() == parameters_.size(), "one gradient or None for each parameter");
+  TORCH_CHECK_VALUE(gradients.size() == parameters_.size(),
+                    "one gradient or None for each parameter");
+  TORCH_CHECK_VALUE(!sums || (sums->scalar_type() == at::kDouble && sums->is_contiguous() &&
+                              sums->numel() == sums_numel_ && sums->device() == values_.device()),
+                    "`sums` must be contiguous float64 [layers + 1, 7] on ", values_.device());
   for (size_t i = 0; i < gradients.size(); ++i) {
     TORCH_CHECK(!gradients[i] || take(i, *gradients[i]),
                 "gradient ", i, " is not flat, dense and real");

@@ -56,6 +56,7 @@ class __attribute__((visibility("hidden"))) Plan {
   std::vector<py::object> watched_;
   std::vector<int64_t> numel_;
   std::vector<uint8_t> had_gradient_;
+  int64_t sums_numel_;
   at::Tensor values_, sketch_, parity_;
   std::unique_ptr<Engine> engine_;
 

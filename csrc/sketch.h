@@ -5,6 +5,11 @@
 
 namespace gradamp {
 
+// The length of a tensor's buckets as a power of two, by the tensor's elements.
+GRADAMP_HD int32_t bucket_log2(int64_t numel) {
+  return numel < 4096 ? 0 : numel < 131072 ? 4 : 9;
+}
+
 // Bit (i mod 32) of sign_word(i / 32) set means that element i enters with a minus.
 // The word is MurmurHash3's 32-bit finaliser.
 GRADAMP_HD uint32_t sign_word(uint32_t word) {

@@ -13,7 +13,9 @@ constexpr int kStep = kBlock < kWordBits ? kWordBits : kBlock;  // whole words, 
 constexpr int kStepVectors = kStep / kLanes;
 constexpr int kPrefetchBytes = 2048;  // measured: hides memory better than 0 and than 4096
 
-constexpr int64_t kMaxBuckets = 4096;  // of a tile: buckets of one element, or 1/16 of its elements
+// Buckets of a tile: only tensors of fewer elements than this have buckets of one element,
+// and a tile's buckets of 16 are fewer. The stepper checks that of every tensor it is given.
+constexpr int64_t kMaxBuckets = 4096;
 
 // What is added up for the moments. Every lane has a shift of its own, close to its elements,
 // so that a large mean costs no accuracy.

@@ -1,0 +1,85 @@
+"""Where Python hands over to the compiled extension: what is checked there, and how it is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from gradamp_fast import _extension
+from gradamp_fast.backends._compiled import for_kernel
+from gradamp_fast.options import Options
+from gradamp_fast.state import FIELDS, GLOBALS
+
+
+@pytest.fixture
+def given() -> dict[str, Any]:
+    """What one layer of 5,000 elements is handed over with."""
+    if _extension.load() is None:
+        pytest.skip(str(_extension.reason()))
+    return {
+        "parameters": [Parameter(torch.zeros(5000))],
+        "watched": [],
+        "tensors": [(0, 5000, 4, 0, 0)],  # layer, numel, bucket_log2, first_bucket, first_word
+        "num_layers": 1,
+        "options": for_kernel(Options()),
+        "values": torch.zeros(len(GLOBALS) + len(FIELDS), dtype=torch.float64),
+        "sketch": torch.zeros(2, 320),
+        "parity": torch.zeros(1, dtype=torch.int32),
+    }
+
+
+def bind(given: dict[str, Any]) -> Any:
+    return _extension.load().Plan(**given)
+
+
+def test_what_the_rules_give_is_taken(given: dict[str, Any]) -> None:
+    bind(given)
+    bind({**given, "tensors": [(0, 5000, 9, 0, 64)]})  # a part of a larger tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ((0, 5000, 0, 0, 0), "5000 elements has bucket_log2 0; the bucket rule gives .* 4 or more"),
+        ((-1, 5000, 0, 0, 0), "bucket_log2 0"),  # excluded ones are cut into the same buckets
+        ((0, 5000, 5, 0, 0), "bucket_log2 5; the bucket rule gives 0, 4 or 9"),
+        ((0, 5000, -1, 0, 0), "bucket_log2 -1"),
+        ((0, -1, 4, 0, 0), "numel -1"),
+        ((0, 5000, 4, 16, 0), "buckets 16 to 329 in a sketch of 320"),
+        ((0, 5000, 4, -16, 0), "buckets -16"),
+        ((1, 5000, 4, 0, 0), "ascending layer"),
+    ],
+)
+def test_tensors_that_break_a_rule(given: dict[str, Any], tensor: Any, message: str) -> None:
+    if tensor[0] == -1:
+        given["parity"] = given["parity"][:0]
+    with pytest.raises(ValueError, match=message):
+        bind({**given, "tensors": [tensor]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("values", torch.zeros(len(GLOBALS) + len(FIELDS))),
+        ("values", torch.zeros(len(GLOBALS), dtype=torch.float64)),
+        ("sketch", torch.zeros(320, 2).t()),
+        ("sketch", torch.zeros(640)),
+        ("parity", torch.zeros(1, dtype=torch.int64)),
+        ("parity", torch.zeros(2, dtype=torch.int32)),
+        ("parity", torch.zeros(1, dtype=torch.int32, device="meta")),
+    ],
+)
+def test_state_of_another_shape(given: dict[str, Any], name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        bind({**given, name: value})
+
+
+def test_sums_of_another_shape(given: dict[str, Any]) -> None:
+    plan = bind(given)
+    gradient = [torch.ones(5000)]
+    for sums in (torch.zeros(1, 7, dtype=torch.float64), torch.zeros(2, 7)):
+        with pytest.raises(ValueError, match="`sums`"):
+            plan.step_gradients(gradient, None, None, True, sums)
