@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from .plan import Plan, Slot
 from .shards import is_dtensor, local, refuse_partial
 
+# In the order of DType in csrc/rules/common.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

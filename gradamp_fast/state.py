@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .plan import Plan
 
-# The same names, in the same order, as GlobalState and LayerState in csrc/state.h.
+# The same names, in the same order, as in csrc/rules/state.h; the extension is held to them.
 GLOBALS = (
     "step",  # calls so far, skipped ones included
     "skipped_steps",

@@ -304,7 +304,7 @@ SketchSums fold_buckets(const MeasureTile& tile, float* buckets, int64_t count) 
     const f64v s = __builtin_convertvector(scaled, f64v), h = widen(tile.means + b);
     const f32half next = narrow(moved_mean(s, h, tile.weight));
     std::memcpy(tile.next_means + b, &next, sizeof next);
-    lanes.count(s, h, __builtin_convertvector(next, f64v));
+    lanes.add(s, h, __builtin_convertvector(next, f64v));
   }
   SketchSums sums = {sum_lanes(lanes.power), sum_lanes(lanes.dot), sum_lanes(lanes.before),
                      sum_lanes(lanes.after)};
@@ -315,9 +315,9 @@ SketchSums fold_buckets(const MeasureTile& tile, float* buckets, int64_t count) 
   return sums;
 }
 
-TileSums measure(const MeasureTile& tile) {
+Sums measure(const MeasureTile& tile) {
   float buckets[kMaxBuckets];
-  TileSums sums;
+  Sums sums;
   sums.moments = measure_any(tile, buckets);
   sums.moments.mean *= tile.inverse;
   sums.moments.m2 *= tile.inverse * tile.inverse;

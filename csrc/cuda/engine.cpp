@@ -96,10 +96,10 @@ class Arena {
 
 class CudaEngine final : public Engine {
  public:
-  CudaEngine(Layout layout, const Config& config, const StateView& state, at::Device device)
-      : layout_(std::move(layout)),
+  CudaEngine(Tiling tiling, const Config& config, const StateView& state, at::Device device)
+      : tiling_(std::move(tiling)),
         device_(device),
-        tagged_(layout_.num_tensors() + kLargeTable, 0) {
+        tagged_(tiling_.num_tensors() + kLargeTable, 0) {
     const c10::cuda::CUDAGuard guard(device_);
     const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device_.index());
     TORCH_CHECK(!is_capturing(stream),
@@ -127,12 +127,12 @@ class CudaEngine final : public Engine {
     const bool two_phases = args_.config.exact || norm;
     const bool measures_only = two_phases && in.sums;
     const bool with_excluded = (norm || unscale) && !measures_only;
-    for (int64_t t = 0; t < layout_.num_tensors(); ++t) {
+    for (int64_t t = 0; t < tiling_.num_tensors(); ++t) {
       tagged_[t] = reinterpret_cast<uint64_t>(in.gradients[t]) |
                    static_cast<uint64_t>(in.dtypes[t]) << kDTypeShift;
       // What is selected stands on the device: whatever may be written counts as written.
       in.written[t] =
-          in.gradients[t] && !measures_only && (t < layout_.measured || with_excluded);
+          in.gradients[t] && !measures_only && (t < tiling_.measured || with_excluded);
     }
     args_.grad_scale = in.grad_scale;
     args_.found_inf = in.found_inf;
@@ -156,20 +156,20 @@ class CudaEngine final : public Engine {
 
  private:
   void cut(int capacity) {
-    measured_ = make_chunks(layout_, layout_.measured, capacity);
-    all_ = make_chunks(layout_, layout_.num_tensors(), capacity);
+    measured_ = make_chunks(tiling_, tiling_.measured, capacity);
+    all_ = make_chunks(tiling_, tiling_.num_tensors(), capacity);
   }
 
   void fill(const Config& config, const StateView& state) {
-    const HostTables tables = make_tables(layout_);
-    const auto layers = static_cast<size_t>(layout_.num_layers);
-    const size_t tensor_info = arena_.put(layout_.tensors);
-    const size_t tile_tensor = arena_.put(tables.tile_tensor);
+    const HostTables tables = make_tables(tiling_);
+    const auto layers = static_cast<size_t>(tiling_.num_layers);
+    const size_t tensor_info = arena_.put(tiling_.tensors);
+    const size_t tile_tensor = arena_.put(tiling_.tile_tensor);
     const size_t layer_tiles = arena_.put(tables.layers);
     const size_t windows =
         arena_.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
     const size_t tickets = arena_.reserve<uint32_t>(tables.groups + layers + 2);
-    work_begin_ = arena_.reserve<TileSums>(layout_.num_tiles);
+    work_begin_ = arena_.reserve<TileSums>(tiling_.num_tiles);
     const size_t groups = arena_.reserve<TileSums>(tables.groups);
     const size_t layer_sums = arena_.reserve<LayerSums>(layers + 1);
     const size_t scores = arena_.reserve<double>(layers);
@@ -193,7 +193,7 @@ class CudaEngine final : public Engine {
                   ticket + tables.groups + layers + 1};
     layer_sums_ = args_.work.layers;
     args_.num_layers = static_cast<int32_t>(layers);
-    args_.measured = static_cast<int32_t>(layout_.measured);
+    args_.measured = static_cast<int32_t>(tiling_.measured);
   }
 
   // Steps on different streams follow one another. Graphs are captured on a stream of their
@@ -251,7 +251,7 @@ class CudaEngine final : public Engine {
                   chunk.tensor_end - chunk.tensor_begin, phases, blocks, hardware_, stream);
   }
 
-  Layout layout_;
+  Tiling tiling_;
   at::Device device_;
   Device hardware_ = {};
   std::vector<Chunk> measured_, all_;  // launches of a step without and with excluded tensors
@@ -267,9 +267,9 @@ class CudaEngine final : public Engine {
 
 }  // namespace
 
-std::unique_ptr<Engine> make_engine(Layout layout, const Config& config, const StateView& state,
+std::unique_ptr<Engine> make_engine(Tiling tiling, const Config& config, const StateView& state,
                                     at::Device device) {
-  return std::make_unique<CudaEngine>(std::move(layout), config, state, device);
+  return std::make_unique<CudaEngine>(std::move(tiling), config, state, device);
 }
 
 std::optional<std::string> unavailable(at::Device device) {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../decide.h"
+#include "../rules/decide.h"
 #include "../engine.h"
 #include "tables.h"
 
@@ -14,10 +14,8 @@ namespace gradamp::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-struct TileSums {
-  Moments moments;
-  SketchSums sketch;
-};
+using TileSums = Sums;
+using LayerSums = Sums;
 
 // What the deciding block leaves for the second phase.
 struct Verdict {

@@ -5,7 +5,7 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
-#include "../decide.h"
+#include "../rules/decide.h"
 #include "launch.h"
 #include "publish.cuh"
 #include "tile.cuh"

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../layout.h"
+#include "../tiles.h"
 
 namespace gradamp::cuda {
 
@@ -28,13 +28,11 @@ struct LayerTiles {
 };
 
 struct HostTables {
-  std::vector<int32_t> tile_tensor;
   std::vector<LayerTiles> layers;  // [num_layers + 1]
   int32_t groups;
 };
 
-// Throws std::length_error for more tiles than 32 bits count: 8.8e12 elements.
-HostTables make_tables(const Layout& layout);
+HostTables make_tables(const Tiling& tiling);
 
 // Tensors and tiles of one launch.
 struct Chunk {
@@ -44,6 +42,6 @@ struct Chunk {
 
 // Tensors [0, tensors) in as few launches as tables of `capacity` addresses allow. Never
 // none: a step without tiles is a step, and the launch that counts it must be made.
-std::vector<Chunk> make_chunks(const Layout& layout, int64_t tensors, int capacity);
+std::vector<Chunk> make_chunks(const Tiling& tiling, int64_t tensors, int capacity);
 
 }  // namespace gradamp::cuda

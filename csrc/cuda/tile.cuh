@@ -6,8 +6,8 @@
 // depend on alignment.
 #pragma once
 
-#include "../moments.h"
-#include "../sketch.h"
+#include "../rules/moments.h"
+#include "../rules/sketch.h"
 #include "element.cuh"
 #include "groups.cuh"
 #include "launch.h"

@@ -12,7 +12,21 @@ from .. import _extension
 from ..gradients import GradientReader, Outcome
 from ..options import Measure, Options, Select, ThresholdRule
 from ..plan import Plan
-from ..state import State
+from ..schedule import ScheduleUnit
+from ..state import FIELDS, GLOBALS, State
+
+_SCHEDULE_UNITS = ("always", *get_args(ScheduleUnit))
+# What the extension must name alike, in the same order.
+LISTS = {
+    "GLOBAL_FIELDS": GLOBALS,
+    "LAYER_FIELDS": FIELDS,
+    "ENUMS": {
+        "measure": get_args(Measure),
+        "threshold": (*get_args(ThresholdRule), "number"),
+        "select": get_args(Select),
+        "schedule_unit": _SCHEDULE_UNITS,
+    },
+}
 
 
 class CompiledBackend:
@@ -23,8 +37,9 @@ class CompiledBackend:
     def __init__(self, plan: Plan, state: State, options: Options) -> None:
         extension = _extension.load()
         assert extension is not None, _extension.reason()
+        _extension.check_lists(extension, LISTS)
         self.reader = GradientReader(plan, state.device)
-        self.compiled = extension.Plan(
+        self.compiled = extension.Stepper(
             parameters=[slot.parameter for slot in plan.slots],
             watched=list(plan.watched),
             tensors=[
@@ -68,7 +83,7 @@ class CompiledBackend:
 
 
 def for_kernel(options: Options) -> dict[str, Any]:
-    """Options as numbers, with the values of the enumerations in csrc/state.h."""
+    """Options as numbers: positions in the enumerations of ``LISTS``."""
     rules = get_args(ThresholdRule)
     rule = options.threshold
     values = {
@@ -89,7 +104,7 @@ def for_kernel(options: Options) -> dict[str, Any]:
         "min_steps": float(options.min_steps),
         "refresh": 0.0 if options.refresh == "epoch" else float(options.refresh),
         "seed": options.seed or 0,
-        "schedule_unit": 0 if schedule is None else 1 if schedule.unit == "epoch" else 2,
+        "schedule_unit": _SCHEDULE_UNITS.index(schedule.unit if schedule else "always"),
         "windows": [
             (float(start), float(stop), math.nan if factor is None else float(factor))
             for start, stop, factor in (schedule.windows if schedule else ())

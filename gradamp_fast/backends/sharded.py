@@ -21,6 +21,8 @@ from ..state import FIELDS, GLOBALS, State
 
 # Below this share of the sum of squares a sum of squared deviations is rounding of the former.
 _RESOLUTION = 1e-13
+# Of a table that backends write: those of Sums, padded as csrc/rules/state.h has it.
+SUMS_COLUMNS = 8
 
 
 class Measuring(Protocol):
@@ -40,8 +42,8 @@ class Measuring(Protocol):
 
         Flat gradients, one or None for each slot, are multiplied by what stood before the step
         if ``Options.one_pass()``, and unless ``found_inf`` is set. Each tensor's new running
-        means go to the row of the sketch that is not in use. ``sums``, fp64 [layers + 1, 7], gets
-        ``reference.Sums`` of each layer; its last row may hold anything.
+        means go to the row of the sketch that is not in use. ``sums``, fp64 [layers + 1, 8], gets
+        ``reference.Sums`` of each layer; its last row and last column may hold anything.
         """
         ...
 
@@ -78,7 +80,7 @@ class ShardedBackend:
         # What the measuring backend sees of the state: the same sketch, a row for each part.
         self.seen = copy.copy(state)
         self.seen.values = state.values.new_zeros(len(GLOBALS) + len(FIELDS) * len(layers))
-        self.sums = state.values.new_zeros((len(layers) + 1, len(Sums._fields)))
+        self.sums = state.values.new_zeros((len(layers) + 1, SUMS_COLUMNS))
         self.measuring = measuring(parts, self.seen, options)
         self._pending: Callable[[], Tensor] | None = None
 
@@ -166,7 +168,7 @@ class ShardedBackend:
 
         That is every layer's sums, and the sum of squares of excluded gradients.
         """
-        rows = additive(self.sums[:-1]) / self.part_copies
+        rows = additive(self.sums[:-1, : len(Sums._fields)]) / self.part_copies
         last = torch.zeros_like(rows[:1])
         table = torch.cat((rows, last))[self.members].sum(dim=1)
         if self.options.needs_norm():

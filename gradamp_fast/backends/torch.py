@@ -58,7 +58,7 @@ class TorchBackend:
         state, options = self.state, self.options
         inverse = reference.inverse_scale(state, grad_scale)
         measured = reference.measure(self.plan, state, options, gradients, inverse)
-        sums[:-1] = torch.stack(measured, dim=1)
+        sums[:-1, : len(measured)] = torch.stack(measured, dim=1)
         if options.one_pass():
             reference.multiply(
                 self.plan,

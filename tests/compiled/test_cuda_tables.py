@@ -26,7 +26,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Tensors], d
         pytest.skip("no C++ compiler")
     program = tmp_path_factory.mktemp("tables") / "tables"
     sources = [Path(__file__).parents[1] / "cuda" / "tables.cpp", CSRC / "cuda" / "tables.cpp"]
-    sources.append(CSRC / "layout.cpp")
+    sources.append(CSRC / "tiles.cpp")
     command = [compiler, "-std=c++17", "-O1", f"-I{CSRC}", *map(str, sources), "-o", str(program)]
     subprocess.run(command, check=True)
 

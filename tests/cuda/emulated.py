@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from gradamp_fast.backends._compiled import for_kernel
-from gradamp_fast.gradients import GradientReader, Outcome
+from gradamp_fast.gradients import DTYPES, GradientReader, Outcome
 from gradamp_fast.options import Options
 from gradamp_fast.plan import Plan
 from gradamp_fast.state import State
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # DType of csrc/common.h
 ORDER = ("measure", "threshold", "threshold_value", "select", "exact", "match_norm", "max_norm")
 ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed")
 
@@ -54,7 +53,7 @@ def compiled(compiler: str, folder: Path) -> ctypes.CDLL:
         assert "asm" not in text, path.name
     assert set(counts.values()) == {1}, counts
     library = folder / "emulated.so"
-    files = [HERE / "emulator.cpp", source / "layout.cpp", source / "cuda" / "tables.cpp"]
+    files = [HERE / "emulator.cpp", source / "tiles.cpp", source / "cuda" / "tables.cpp"]
     includes = [f"-I{HERE / 'shim'}", f"-I{source / 'cuda'}"]
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-x", "c++"]
     subprocess.run([compiler, *flags, *includes, *map(str, files), "-o", str(library)], check=True)

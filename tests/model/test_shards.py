@@ -13,7 +13,7 @@ from oracle import bucket_sums
 from torch import Tensor
 
 from gradamp_fast import Options, backends
-from gradamp_fast.backends.sharded import additive, not_additive
+from gradamp_fast.backends.sharded import SUMS_COLUMNS, additive, not_additive
 from gradamp_fast.layers import find_layers
 from gradamp_fast.plan import Plan
 from gradamp_fast.shards import Shard
@@ -64,9 +64,9 @@ def check_parts(make: Callable[..., Any], numel: int, starts: tuple[int, ...], d
         state.parity.fill_(1)
         state.sketch[1, : slot.buckets] = before[seen : seen + slot.buckets]
         values = state.values.clone()
-        sums = torch.full((2, 7), torch.nan, dtype=torch.float64)
+        sums = torch.full((2, SUMS_COLUMNS), torch.nan, dtype=torch.float64)
         make(plan, state, Options()).measure([gradient], None, None, True, sums)
-        total += additive(sums[:1])
+        total += additive(sums[:1, :7])
         assert same_bits(gradient, whole[here].clone().mul_(2.0))
         assert torch.equal(state.values.nan_to_num(), values.nan_to_num())
         assert state.parity == 1
@@ -102,7 +102,7 @@ def check_left_alone(make: Callable[..., Any]) -> None:
     ):  # fmt: skip
         state = State(plan, 2.0, torch.device("cpu"))
         state.column("selected").fill_(1.0)
-        gradient, sums = torch.ones(4904), torch.zeros((2, 7), dtype=torch.float64)
+        gradient, sums = torch.ones(4904), torch.zeros((2, SUMS_COLUMNS), dtype=torch.float64)
         scale, found_inf = torch.tensor([4.0]), torch.tensor([marked])
         before = [t.clone() for t in (state.values, state.parity)]
         make(plan, state, Options(**options)).measure([gradient], scale, found_inf, True, sums)

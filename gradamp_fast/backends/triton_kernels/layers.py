@@ -3,8 +3,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """The rules of a step that concern whole layers: totals, state update, threshold, selection.
 
-The same rules as csrc/decide.h; the state's layout is that of csrc/state.h and state.py. All in
-fp64, by one program.
+The same rules as csrc/rules/decide.h; the state's columns are those of csrc/rules/state.h and of
+state.py. All in fp64, by one program.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 #include <memory>
 
 #include "../engine.h"
-#include "../layout.h"
-#include "../state.h"
+#include "../tiles.h"
+#include "../rules/state.h"
 
 namespace gradamp::cpu {
 
@@ -20,7 +20,7 @@ struct Threads {
   Parallel run;
 };
 
-std::unique_ptr<Engine> make_engine(Layout layout, const Config& config, const StateView& state,
+std::unique_ptr<Engine> make_engine(Tiling tiling, const Config& config, const StateView& state,
                                     Threads threads);
 
 // "avx512", "avx2" or "baseline".

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "stepper.h"
 
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "cpu/step.h"
+#include "cpu/engine.h"
 #if defined(GRADAMP_WITH_CUDA)
 #include "cuda/engine.h"
 #endif
@@ -107,14 +107,14 @@ bool is_subclass(const at::Tensor& tensor) {
 
 }  // namespace
 
-Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
+Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> watched,
            const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
            int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
            at::Tensor parity)
     : parameters_(std::move(parameters)),
       watched_(std::move(watched)),
       had_gradient_(tensors.size(), 0),
-      sums_numel_((num_layers + 1) * static_cast<int64_t>(sizeof(LayerSums) / sizeof(double))),
+      sums_numel_((num_layers + 1) * kSumsColumns),
       values_(std::move(values)),
       sketch_(std::move(sketch)),
       parity_(std::move(parity)),
@@ -139,20 +139,20 @@ Plan::Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
                            sketch_.data_ptr<float>(), sketch_.size(1), parity_.data_ptr<int32_t>()};
   const std::vector<Window> windows = read_windows(options);
   const Config config = read_config(options, windows);
-  const auto layout = [&](int64_t tile_elements) {
-    return Layout(infos, num_layers, tile_elements);
+  const auto tiling = [&](int64_t tile_elements) {
+    return Tiling(infos, num_layers, tile_elements);
   };
 #if defined(GRADAMP_WITH_CUDA)
   if (values_.is_cuda()) {
-    engine_ = cuda::make_engine(layout(cuda::kTileElements), config, state, values_.device());
+    engine_ = cuda::make_engine(tiling(cuda::kTileElements), config, state, values_.device());
     return;
   }
 #endif
   TORCH_CHECK(values_.is_cpu(), "this build of the extension cannot serve ", values_.device());
-  engine_ = cpu::make_engine(layout(cpu::kTileElements), config, state, torch_threads());
+  engine_ = cpu::make_engine(tiling(cpu::kTileElements), config, state, torch_threads());
 }
 
-bool Plan::take(size_t index, const at::Tensor& gradient) {
+bool Stepper::take(size_t index, const at::Tensor& gradient) {
   const std::optional<DType> dtype = dtype_of(gradient);
   if (!dtype || gradient.layout() != at::kStrided || gradient.device() != values_.device() ||
       gradient.numel() != numel_[index] || gradient.is_neg() || is_subclass(gradient) ||
@@ -164,7 +164,7 @@ bool Plan::take(size_t index, const at::Tensor& gradient) {
   return true;
 }
 
-Outcome Plan::collect(const char* only, bool walked) {
+Outcome Stepper::collect(const char* only, bool walked) {
   for (const py::object& parameter : watched_)
     if (THPVariable_Unpack(parameter.ptr()).requires_grad()) return Outcome::kRebind;
   bool any = false;
@@ -182,12 +182,12 @@ Outcome Plan::collect(const char* only, bool walked) {
   return any ? Outcome::kDone : Outcome::kEmpty;
 }
 
-void Plan::release() {
+void Stepper::release() {
   for (at::Tensor& gradient : gradients_) gradient.reset();
   std::fill(addresses_.begin(), addresses_.end(), nullptr);
 }
 
-Outcome Plan::step(const std::optional<at::Tensor>& grad_scale,
+Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf, bool unscale,
                    const std::optional<py::bytes>& only, bool walked) {
   const char* mask = only ? PyBytes_AS_STRING(only->ptr()) : nullptr;
@@ -203,15 +203,16 @@ Outcome Plan::step(const std::optional<at::Tensor>& grad_scale,
   return run(grad_scale, found_inf, unscale, std::nullopt);
 }
 
-Outcome Plan::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
+Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                              const std::optional<at::Tensor>& grad_scale,
                              const std::optional<at::Tensor>& found_inf, bool unscale,
                              const std::optional<at::Tensor>& sums) {
   TORCH_CHECK_VALUE(gradients.size() == parameters_.size(),
                     "one gradient or None for each parameter");
   TORCH_CHECK_VALUE(!sums || (sums->scalar_type() == at::kDouble && sums->is_contiguous() &&
-                              sums->numel() == sums_numel_ && sums->device() == values_.device()),
-                    "`sums` must be contiguous float64 [layers + 1, 7] on ", values_.device());
+                              sums->numel() == sums_numel_ && sums->device() == values_.device() &&
+                              reinterpret_cast<uintptr_t>(sums->const_data_ptr()) % 16 == 0),
+                    "`sums` must be contiguous, 16-byte aligned float64 [layers + 1, 8] on ", values_.device());
   for (size_t i = 0; i < gradients.size(); ++i) {
     TORCH_CHECK(!gradients[i] || take(i, *gradients[i]),
                 "gradient ", i, " is not flat, dense and real");
@@ -220,12 +221,12 @@ Outcome Plan::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
   return run(grad_scale, found_inf, unscale, sums);
 }
 
-Outcome Plan::run(const std::optional<at::Tensor>& grad_scale,
+Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf, bool unscale,
                   const std::optional<at::Tensor>& sums) {
   struct Release {
-    Plan& plan;
-    ~Release() { plan.release(); }
+    Stepper& stepper;
+    ~Release() { stepper.release(); }
   } release_at_end{*this};
   {
     py::gil_scoped_release unlocked;
@@ -233,7 +234,7 @@ Outcome Plan::run(const std::optional<at::Tensor>& grad_scale,
                    grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                    found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale,
                    written_.data(),
-                   sums ? reinterpret_cast<LayerSums*>(sums->mutable_data_ptr<double>()) : nullptr});
+                   sums ? reinterpret_cast<Sums*>(sums->mutable_data_ptr<double>()) : nullptr});
   }
   for (size_t i = 0; i < gradients_.size(); ++i)
     if (written_[i]) gradients_[i].unsafeGetTensorImpl()->bump_version();

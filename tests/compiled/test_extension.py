@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from gradamp_fast import _extension
-from gradamp_fast.backends._compiled import for_kernel
+from gradamp_fast import Amplifier, _extension
+from gradamp_fast.backends._compiled import LISTS, for_kernel
 from gradamp_fast.options import Options
 from gradamp_fast.state import FIELDS, GLOBALS
 
@@ -32,7 +33,7 @@ def given() -> dict[str, Any]:
 
 
 def bind(given: dict[str, Any]) -> Any:
-    return _extension.load().Plan(**given)
+    return _extension.load().Stepper(**given)
 
 
 def test_what_the_rules_give_is_taken(given: dict[str, Any]) -> None:
@@ -78,8 +79,31 @@ def test_state_of_another_shape(given: dict[str, Any], name: str, value: Any) ->
 
 
 def test_sums_of_another_shape(given: dict[str, Any]) -> None:
-    plan = bind(given)
+    stepper = bind(given)
     gradient = [torch.ones(5000)]
-    for sums in (torch.zeros(1, 7, dtype=torch.float64), torch.zeros(2, 7)):
+    for sums in (torch.zeros(2, 7, dtype=torch.float64), torch.zeros(2, 8)):
         with pytest.raises(ValueError, match="`sums`"):
-            plan.step_gradients(gradient, None, None, True, sums)
+            stepper.step_gradients(gradient, None, None, True, sums)
+
+
+# ---- lists that stand in both languages -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_that_differ_are_told_with_the_command_that_rebuilds(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    extension = _extension.load()
+    assert getattr(extension, name) == LISTS[name]
+    parameter = given["parameters"][0]
+    parameter.grad = torch.ones_like(parameter)
+    theirs = {**LISTS["ENUMS"], "select": ("above", "below")} if name == "ENUMS" else ("steps",)
+    monkeypatch.setattr(extension, name, theirs)
+    amplifier = Amplifier(torch.nn.ParameterList([parameter]), backend="cpu")
+    with pytest.raises(RuntimeError, match=rf"has {name} .*: rebuild gradamp_fast: .* pip install"):
+        amplifier.step()
+
+
+def test_lists_that_an_older_extension_lacks() -> None:
+    with pytest.raises(RuntimeError, match=r"has LAYER_FIELDS None.*rebuild gradamp_fast"):
+        _extension.check_lists(ModuleType("old"), {"LAYER_FIELDS": FIELDS})

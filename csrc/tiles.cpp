@@ -1,11 +1,14 @@
-#include "layout.h"
+#include "tiles.h"
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace gradamp {
 
-Layout::Layout(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_elements)
+Tiling::Tiling(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_elements)
     : tile_elements(tile_elements),
       num_layers(num_layers),
       measured(0),
@@ -30,6 +33,14 @@ Layout::Layout(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_e
       layer_begin[tensor.layer + 1] = measured;
     }
   }
+  if (num_tiles > std::numeric_limits<int32_t>::max())
+    throw std::length_error("tiles of " + std::to_string(tile_elements) +
+                            " elements are counted in 32 bits; these gradients have more: use "
+                            "several Amplifiers");
+  tile_tensor.resize(num_tiles);
+  for (int64_t t = 0; t < num_tensors(); ++t)
+    std::fill_n(tile_tensor.begin() + tensors[t].first_tile, tile_count(t),
+                static_cast<int32_t>(t));
   for (int64_t l = 0; l < num_layers; ++l)
     if (layer_begin[l + 1] == 0) layer_begin[l + 1] = layer_begin[l];
 }

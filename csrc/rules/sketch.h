@@ -35,7 +35,7 @@ struct SketchSumsOf {
   Real before{};  // sum of h^2
   Real after{};   // sum of h^2, h being the mean after this step
 
-  GRADAMP_HD_MEMBER void count(Real s, Real h, Real next) {
+  GRADAMP_HD_MEMBER void add(Real s, Real h, Real next) {
     power += s * s;
     dot += s * h;
     before += h * h;
@@ -68,7 +68,7 @@ GRADAMP_HD Real moved_mean(Real s, Real h, double weight) {
 GRADAMP_HD float update_bucket(float s, float h, double weight, SketchSums& sums) {
   const double sd = s, hd = h;
   const float next = static_cast<float>(moved_mean(sd, hd, weight));
-  sums.count(sd, hd, next);
+  sums.add(sd, hd, next);
   return next;
 }
 

@@ -24,7 +24,7 @@ GRADAMP_HD double next_weight(const LayerState& s, double decay) {
   return 1.0 / (1.0 + decay * s.weight_sum);
 }
 
-GRADAMP_HD void update_layer(LayerState& s, const LayerSums& x, double decay) {
+GRADAMP_HD void update_layer(LayerState& s, const Sums& x, double decay) {
   const double weight = next_weight(s, decay);
   if (s.steps >= 1.0) {
     const double root = sqrt(x.sketch.power) * sqrt(x.sketch.before);
@@ -175,7 +175,7 @@ struct Scratch {
 // layer's sums are not finite. `factor` is active_factor() at the start of the step.
 // sums[l].moments.count == 0 marks a layer without gradient.
 template <class Group>
-GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, const LayerSums* sums,
+GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, const Sums* sums,
                        int64_t layers, const Scratch& scratch, double factor, Group& group) {
   int64_t bad = 0;
   for (int64_t l = group.rank(); l < layers; l += group.size())
@@ -205,7 +205,7 @@ GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, cons
 // Square root of the sums of squares over the layers and `excluded` (count 0: none),
 // before and after amplification; returns the coefficient and stores the norm.
 template <class Group>
-GRADAMP_HD double apply_norm(const Config& c, GlobalState& g, const LayerSums* sums,
+GRADAMP_HD double apply_norm(const Config& c, GlobalState& g, const Sums* sums,
                              int64_t layers, const Moments& excluded, const double* amplified,
                              Group& group) {
   double before = 0.0, after = 0.0;

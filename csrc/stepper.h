@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "engine.h"
-#include "layout.h"
+#include "tiles.h"
 
 namespace gradamp {
 
@@ -19,10 +19,10 @@ namespace gradamp {
 // name a parameter. The first three are those of gradients.Outcome.
 enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3 };
 
-class __attribute__((visibility("hidden"))) Plan {
+class __attribute__((visibility("hidden"))) Stepper {
  public:
   // `tensors` has (layer, numel, bucket_log2, first_bucket, first_word) for each parameter.
-  Plan(std::vector<py::object> parameters, std::vector<py::object> watched,
+  Stepper(std::vector<py::object> parameters, std::vector<py::object> watched,
        const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
        int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
        at::Tensor parity);
@@ -35,7 +35,7 @@ class __attribute__((visibility("hidden"))) Plan {
                const std::optional<py::bytes>& only, bool walked);
 
   // The same with flat dense gradients given, one for each parameter. `sums`, fp64
-  // [layers + 1, 7]: StepInputs.sums.
+  // [layers + 1, 8]: StepInputs.sums.
   Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                          const std::optional<at::Tensor>& grad_scale,
                          const std::optional<at::Tensor>& found_inf, bool unscale,

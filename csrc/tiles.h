@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "common.h"
+#include "rules/common.h"
 
 namespace gradamp {
 
@@ -21,9 +21,10 @@ struct TensorInfo {
 
 // A tile is `tile_elements` consecutive elements of one tensor; its last tile may be
 // short, and a tensor without elements has none. Tiles are numbered in tensor order.
-struct Layout {
-  // Numbers the tiles; what else is known of the tensors is given.
-  Layout(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_elements);
+struct Tiling {
+  // Numbers the tiles; what else is known of the tensors is given. Throws std::invalid_argument
+  // for tensors in another order, std::length_error for more tiles than 32 bits count.
+  Tiling(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_elements);
 
   int64_t num_tensors() const { return static_cast<int64_t>(tensors.size()); }
   int64_t tile_count(int64_t tensor) const {
@@ -37,6 +38,7 @@ struct Layout {
   int64_t num_tiles;
   int64_t num_elements;
   std::vector<TensorInfo> tensors;
+  std::vector<int32_t> tile_tensor;  // [num_tiles]: which tensor a tile is part of
   std::vector<int64_t> layer_begin;  // [num_layers + 1]: layer l owns tensors [l, l + 1)
 };
 

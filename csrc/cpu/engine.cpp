@@ -1,4 +1,4 @@
-#include "step.h"
+#include "engine.h"
 
 #include <algorithm>
 #include <atomic>
@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "../decide.h"
+#include "../rules/decide.h"
 #include "tile.h"
 
 namespace gradamp::cpu {
@@ -65,27 +65,23 @@ double rounded(double multiplier, DType dtype) {
 
 class CpuEngine final : public Engine {
  public:
-  CpuEngine(Layout layout, const Config& config, const StateView& state, Threads threads)
-      : layout_(std::move(layout)),
+  CpuEngine(Tiling tiling, const Config& config, const StateView& state, Threads threads)
+      : tiling_(std::move(tiling)),
         config_(config),
         windows_(config.windows, config.windows + config.num_windows),
         state_(state),
         threads_(std::move(threads)),
-        tile_tensor_(layout_.num_tiles),
-        tiles_(layout_.num_tiles),
-        sums_(layout_.num_layers),
-        scores_(layout_.num_layers),
-        amplified_(layout_.num_layers),
-        multipliers_(layout_.num_tensors()) {
+        tiles_(tiling_.num_tiles),
+        sums_(tiling_.num_layers),
+        scores_(tiling_.num_layers),
+        amplified_(tiling_.num_layers),
+        multipliers_(tiling_.num_tensors()) {
     config_.windows = windows_.data();
-    for (int64_t t = 0; t < layout_.num_tensors(); ++t)
-      std::fill_n(tile_tensor_.begin() + layout_.tensors[t].first_tile, layout_.tile_count(t),
-                  static_cast<int32_t>(t));
   }
 
   void step(const StepInputs& in) override {
     GlobalState& global = *state_.global;
-    std::fill_n(in.written, layout_.num_tensors(), uint8_t{0});
+    std::fill_n(in.written, tiling_.num_tensors(), uint8_t{0});
     if (in.found_inf && *in.found_inf != 0.0f) {
       if (in.sums) return;
       global.step += 1.0;
@@ -99,13 +95,13 @@ class CpuEngine final : public Engine {
     const bool norm = needs_norm(config_) && !in.sums;
 
     if (one_pass) {
-      for (int64_t l = 0; l < layout_.num_layers; ++l)
+      for (int64_t l = 0; l < tiling_.num_layers; ++l)
         amplified_[l] = amplification(state_.layers[l], factor);
       set_multipliers(in, unscale);
     }
     const bool with_excluded = norm || (one_pass && unscale != 1.0);
-    each_tile(with_excluded ? layout_.num_tiles : layout_.measured_tiles, [&](int64_t tile) {
-      if (norm || tile < layout_.measured_tiles) measure(in, tile, inverse);
+    each_tile(with_excluded ? tiling_.num_tiles : tiling_.measured_tiles, [&](int64_t tile) {
+      if (norm || tile < tiling_.measured_tiles) measure(in, tile, inverse);
       if (one_pass) multiply(in, tile);
     });
 
@@ -117,7 +113,7 @@ class CpuEngine final : public Engine {
       return;
     }
     const Scratch scratch = {scores_.data(), amplified_.data()};
-    if (!commit(config_, global, state_.layers, sums_.data(), layout_.num_layers, scratch, factor,
+    if (!commit(config_, global, state_.layers, sums_.data(), tiling_.num_layers, scratch, factor,
                 group)) {
       if (in.found_inf) *in.found_inf = 1.0f;
       if (!one_pass) return;
@@ -126,11 +122,11 @@ class CpuEngine final : public Engine {
     }
     if (!one_pass) {
       const double coefficient =
-          norm ? apply_norm(config_, global, sums_.data(), layout_.num_layers,
+          norm ? apply_norm(config_, global, sums_.data(), tiling_.num_layers,
                             excluded_moments(in), amplified_.data(), group)
                : 1.0;
       set_multipliers(in, unscale * coefficient);
-      each_tile(layout_.num_tiles, [&](int64_t tile) { multiply(in, tile); });
+      each_tile(tiling_.num_tiles, [&](int64_t tile) { multiply(in, tile); });
     }
     mark_written(in);
   }
@@ -144,7 +140,7 @@ class CpuEngine final : public Engine {
         for (int64_t tile = begin; tile < std::min(begin + kTilesAtOnce, count); ++tile) body(tile);
     };
     // Elements, not tiles, decide whether other threads are worth waking.
-    const int64_t useful = layout_.num_elements / (kTilesAtOnce * layout_.tile_elements);
+    const int64_t useful = tiling_.num_elements / (kTilesAtOnce * tiling_.tile_elements);
     const int workers = static_cast<int>(std::min<int64_t>(threads_.available(), useful));
     if (workers > 1) {
       threads_.run(workers, work);
@@ -160,23 +156,23 @@ class CpuEngine final : public Engine {
   };
 
   Slice slice(const StepInputs& in, int64_t tile) const {
-    const int64_t t = tile_tensor_[tile];
-    const TensorInfo& tensor = layout_.tensors[t];
-    const int64_t first = (tile - tensor.first_tile) * layout_.tile_elements;
+    const int64_t t = tiling_.tile_tensor[tile];
+    const TensorInfo& tensor = tiling_.tensors[t];
+    const int64_t first = (tile - tensor.first_tile) * tiling_.tile_elements;
     char* data = static_cast<char*>(in.gradients[t]);
     return {data ? data + first * element_size(in.dtypes[t]) : nullptr, first,
-            std::min(layout_.tile_elements, tensor.numel - first)};
+            std::min(tiling_.tile_elements, tensor.numel - first)};
   }
 
   void measure(const StepInputs& in, int64_t tile, double inverse) {
     const Slice part = slice(in, tile);
     if (!part.data) return;
-    const int64_t t = tile_tensor_[tile];
-    const TensorInfo& tensor = layout_.tensors[t];
+    const int64_t t = tiling_.tile_tensor[tile];
+    const TensorInfo& tensor = tiling_.tensors[t];
     const int64_t first = int64_t{tensor.first_word} * 32 + part.first;
     MeasureTile work = {part.data, in.dtypes[t], first,   part.count, tensor.bucket_log2,
                         inverse,   0.0,          nullptr, nullptr};
-    if (t < layout_.measured) {
+    if (t < tiling_.measured) {
       const int64_t bucket = tensor.first_bucket + (part.first >> tensor.bucket_log2);
       work.weight = next_weight(state_.layers[tensor.layer], config_.decay);
       work.means = row(state_.parity[t]) + bucket;
@@ -187,19 +183,19 @@ class CpuEngine final : public Engine {
 
   void multiply(const StepInputs& in, int64_t tile) {
     const Slice part = slice(in, tile);
-    const int64_t t = tile_tensor_[tile];
+    const int64_t t = tiling_.tile_tensor[tile];
     if (part.data && multipliers_[t] != 1.0)
       chosen().kernels->multiply(part.data, in.dtypes[t], part.count, multipliers_[t]);
   }
 
   // Tiles to layers, always in tile order.
   void reduce(const StepInputs& in) {
-    for (int64_t l = 0; l < layout_.num_layers; ++l) {
-      sums_[l] = LayerSums{};
-      for (int64_t t = layout_.layer_begin[l]; t < layout_.layer_begin[l + 1]; ++t) {
+    for (int64_t l = 0; l < tiling_.num_layers; ++l) {
+      sums_[l] = Sums{};
+      for (int64_t t = tiling_.layer_begin[l]; t < tiling_.layer_begin[l + 1]; ++t) {
         if (!in.gradients[t]) continue;
-        const int64_t begin = layout_.tensors[t].first_tile;
-        for (int64_t tile = begin; tile < begin + layout_.tile_count(t); ++tile) {
+        const int64_t begin = tiling_.tensors[t].first_tile;
+        for (int64_t tile = begin; tile < begin + tiling_.tile_count(t); ++tile) {
           sums_[l].moments = merge(sums_[l].moments, tiles_[tile].moments);
           add(sums_[l].sketch, tiles_[tile].sketch);
         }
@@ -209,39 +205,38 @@ class CpuEngine final : public Engine {
 
   Moments excluded_moments(const StepInputs& in) const {
     Moments all;
-    for (int64_t tile = layout_.measured_tiles; tile < layout_.num_tiles; ++tile)
-      if (in.gradients[tile_tensor_[tile]]) all = merge(all, tiles_[tile].moments);
+    for (int64_t tile = tiling_.measured_tiles; tile < tiling_.num_tiles; ++tile)
+      if (in.gradients[tiling_.tile_tensor[tile]]) all = merge(all, tiles_[tile].moments);
     return all;
   }
 
   void set_multipliers(const StepInputs& in, double common) {
-    for (int64_t t = 0; t < layout_.num_tensors(); ++t) {
-      const int32_t layer = layout_.tensors[t].layer;
+    for (int64_t t = 0; t < tiling_.num_tensors(); ++t) {
+      const int32_t layer = tiling_.tensors[t].layer;
       const double own = layer < 0 ? 1.0 : amplified_[layer];
       multipliers_[t] = rounded(own * common, in.dtypes[t]);
     }
   }
 
   void mark_written(const StepInputs& in) const {
-    for (int64_t t = 0; t < layout_.num_tensors(); ++t)
+    for (int64_t t = 0; t < tiling_.num_tensors(); ++t)
       in.written[t] = in.gradients[t] && multipliers_[t] != 1.0;
   }
 
   void flip_parity(const StepInputs& in) {
-    for (int64_t t = 0; t < layout_.measured; ++t)
+    for (int64_t t = 0; t < tiling_.measured; ++t)
       if (in.gradients[t]) state_.parity[t] = 1 - state_.parity[t];
   }
 
   float* row(int32_t parity) const { return state_.sketch + parity * state_.buckets; }
 
-  Layout layout_;
+  Tiling tiling_;
   Config config_;
   std::vector<Window> windows_;
   StateView state_;
   Threads threads_;
-  std::vector<int32_t> tile_tensor_;
-  std::vector<TileSums> tiles_;
-  std::vector<LayerSums> sums_;
+  std::vector<Sums> tiles_;
+  std::vector<Sums> sums_;
   std::vector<double> scores_;
   std::vector<double> amplified_;    // per layer, this step
   std::vector<double> multipliers_;  // per tensor, rounded as it is applied
@@ -251,9 +246,9 @@ class CpuEngine final : public Engine {
 
 const char* instruction_set() { return chosen().name; }
 
-std::unique_ptr<Engine> make_engine(Layout layout, const Config& config, const StateView& state,
+std::unique_ptr<Engine> make_engine(Tiling tiling, const Config& config, const StateView& state,
                                     Threads threads) {
-  return std::make_unique<CpuEngine>(std::move(layout), config, state, std::move(threads));
+  return std::make_unique<CpuEngine>(std::move(tiling), config, state, std::move(threads));
 }
 
 }  // namespace gradamp::cpu
