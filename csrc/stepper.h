@@ -60,7 +60,7 @@ class __attribute__((visibility("hidden"))) Stepper {
   at::Tensor values_, sketch_, parity_;
   std::unique_ptr<Engine> engine_;
 
-  // Of the step under way; the gradients are let go when it ends.
+  // These hold the step under way; the gradients are let go when it ends.
   std::vector<at::Tensor> gradients_;
   std::vector<void*> addresses_;
   std::vector<DType> dtypes_;

@@ -54,15 +54,6 @@ const Choice& chosen() {
 
 constexpr int64_t kTilesAtOnce = 4;  // what a thread takes from the queue
 
-int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-// The precision a multiplier is rounded to before it is applied.
-double rounded(double multiplier, DType dtype) {
-  return dtype == DType::kFloat64 ? multiplier : static_cast<float>(multiplier);
-}
-
 class CpuEngine final : public Engine {
  public:
   CpuEngine(Tiling tiling, const Config& config, const StateView& state, Threads threads)
@@ -160,7 +151,7 @@ class CpuEngine final : public Engine {
     const TensorInfo& tensor = tiling_.tensors[t];
     const int64_t first = (tile - tensor.first_tile) * tiling_.tile_elements;
     char* data = static_cast<char*>(in.gradients[t]);
-    return {data ? data + first * element_size(in.dtypes[t]) : nullptr, first,
+    return {data ? data + first * element_bytes(in.dtypes[t]) : nullptr, first,
             std::min(tiling_.tile_elements, tensor.numel - first)};
   }
 
@@ -214,7 +205,7 @@ class CpuEngine final : public Engine {
     for (int64_t t = 0; t < tiling_.num_tensors(); ++t) {
       const int32_t layer = tiling_.tensors[t].layer;
       const double own = layer < 0 ? 1.0 : amplified_[layer];
-      multipliers_[t] = rounded(own * common, in.dtypes[t]);
+      multipliers_[t] = as_applied(own * common, in.dtypes[t]);
     }
   }
 

@@ -227,8 +227,8 @@ Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets)
 
   float squares = 0.0f;
   for (int v = 0; v < kVectors; ++v) squares += sum_lanes(sums.d2[v]);
-  if (squares >= 1e-28f && squares <= 1e34f) return combine(sums, n);
-  return scaled_moments(data, n, sums, squares < 1e-28f);
+  if (squares_in_range(squares)) return combine(sums, n);
+  return scaled_moments(data, n, sums, squares < 1.0f);
 }
 
 // Few elements, or fp64: two passes in fp64.

@@ -105,15 +105,15 @@ class CudaEngine final : public Engine {
     TORCH_CHECK(!is_capturing(stream),
                 "gradamp_fast: nothing can be allocated while a CUDA graph is captured: call "
                 "amplifier.prepare() or make one step before the capture");
-    check(inspect(hardware_), "loading the kernels");
-    cut(hardware_.large_table ? kLargeTable : kSmallTable);
+    check(inspect(limits_), "loading the kernels");
+    split_into_launches(limits_.large_table ? kLargeTable : kSmallTable);
     fill(config, state);
-    check(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming), "creating an event");
+    check(cudaEventCreateWithFlags(&step_done_, cudaEventDisableTiming), "creating an event");
     check(cudaStreamSynchronize(stream), "uploading the tables");
   }
 
   ~CudaEngine() override {
-    if (moved_) cudaEventDestroy(moved_);
+    if (step_done_) cudaEventDestroy(step_done_);
   }
   CudaEngine(const CudaEngine&) = delete;
   CudaEngine& operator=(const CudaEngine&) = delete;
@@ -137,13 +137,13 @@ class CudaEngine final : public Engine {
     args_.grad_scale = in.grad_scale;
     args_.found_inf = in.found_inf;
     args_.unscale = unscale;
-    args_.exports = in.sums != nullptr;
+    args_.measure_only = in.sums != nullptr;
     args_.work.layers = in.sums ? in.sums : layer_sums_;
     if (stress_.poison) poison(stream);
     cudaError_t error = launch_all(two_phases, with_excluded, stream);
     if (error != cudaSuccess && all_.front().tensor_end > kSmallTable) {
       cudaGetLastError();  // a driver that refuses large parameters: in smaller portions
-      cut(kSmallTable);
+      split_into_launches(kSmallTable);
       error = launch_all(two_phases, with_excluded, stream);
     }
     check(error, "the launch of a step");
@@ -155,7 +155,7 @@ class CudaEngine final : public Engine {
   }
 
  private:
-  void cut(int capacity) {
+  void split_into_launches(int capacity) {
     measured_ = make_chunks(tiling_, tiling_.measured, capacity);
     all_ = make_chunks(tiling_, tiling_.num_tensors(), capacity);
   }
@@ -169,9 +169,9 @@ class CudaEngine final : public Engine {
     const size_t windows =
         arena_.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
     const size_t tickets = arena_.reserve<uint32_t>(tables.groups + layers + 2);
-    work_begin_ = arena_.reserve<TileSums>(tiling_.num_tiles);
-    const size_t groups = arena_.reserve<TileSums>(tables.groups);
-    const size_t layer_sums = arena_.reserve<LayerSums>(layers + 1);
+    work_begin_ = arena_.reserve<Sums>(tiling_.num_tiles);
+    const size_t groups = arena_.reserve<Sums>(tables.groups);
+    const size_t layer_sums = arena_.reserve<Sums>(layers + 1);
     const size_t scores = arena_.reserve<double>(layers);
     const size_t amplified = arena_.reserve<double>(layers);
     const size_t verdict = arena_.reserve<Verdict>(1);
@@ -183,9 +183,9 @@ class CudaEngine final : public Engine {
     args_.tables = {arena_.at<TensorInfo>(tensor_info), arena_.at<int32_t>(tile_tensor),
                     arena_.at<LayerTiles>(layer_tiles)};
     uint32_t* const ticket = arena_.at<uint32_t>(tickets);
-    args_.work = {arena_.at<TileSums>(work_begin_),
-                  arena_.at<TileSums>(groups),
-                  arena_.at<LayerSums>(layer_sums),
+    args_.work = {arena_.at<Sums>(work_begin_),
+                  arena_.at<Sums>(groups),
+                  arena_.at<Sums>(layer_sums),
                   {arena_.at<double>(scores), arena_.at<double>(amplified)},
                   arena_.at<Verdict>(verdict),
                   ticket,
@@ -201,8 +201,8 @@ class CudaEngine final : public Engine {
   void follow(const c10::cuda::CUDAStream& stream) {
     if (last_ == stream || is_capturing(stream)) return;
     if (last_) {
-      check(cudaEventRecord(moved_, last_->stream()), "recording an event");
-      check(cudaStreamWaitEvent(stream, moved_), "waiting for an event");
+      check(cudaEventRecord(step_done_, last_->stream()), "recording an event");
+      check(cudaStreamWaitEvent(stream, step_done_), "waiting for an event");
     }
     arena_.used_on(stream.unwrap());
     last_ = stream;
@@ -217,12 +217,12 @@ class CudaEngine final : public Engine {
   cudaError_t launch_all(bool two_phases, bool with_excluded, cudaStream_t stream) {
     const std::vector<Chunk>& chunks = with_excluded ? all_ : measured_;
     args_.write_in_first_phase = !two_phases;
-    if (!two_phases || args_.exports) return launch_phase(kMeasure, chunks, stream);
-    if (chunks.size() == 1 && hardware_.cooperative && stress_.cooperative) {
+    if (!two_phases || args_.measure_only) return launch_phase(kMeasure, chunks, stream);
+    if (chunks.size() == 1 && limits_.cooperative && stress_.cooperative) {
       const cudaError_t error = launch_chunk(kBoth, chunks, 0, stream);
       if (error == cudaSuccess) return error;
       cudaGetLastError();  // refused: the same in two launches
-      hardware_.cooperative = false;
+      limits_.cooperative = false;
     }
     const cudaError_t error = launch_phase(kMeasure, chunks, stream);
     return error == cudaSuccess ? launch_phase(kMultiply, chunks, stream) : error;
@@ -244,24 +244,24 @@ class CudaEngine final : public Engine {
     args_.first_launch = i == 0;
     args_.last_launch = i + 1 == chunks.size();
     const int tiles = chunk.tile_end - chunk.tile_begin;
-    const int fitting = hardware_.blocks_per_processor * hardware_.processors;
+    const int fitting = limits_.blocks_per_processor * limits_.processors;
     const int useful = std::max(tiles / kWarps + (tiles % kWarps != 0), 1);
     const int blocks = std::min(stress_.blocks ? stress_.blocks : useful, fitting);
     return launch(args_, tagged_.data() + chunk.tensor_begin,
-                  chunk.tensor_end - chunk.tensor_begin, phases, blocks, hardware_, stream);
+                  chunk.tensor_end - chunk.tensor_begin, phases, blocks, limits_, stream);
   }
 
   Tiling tiling_;
   at::Device device_;
-  Device hardware_ = {};
+  DeviceLimits limits_ = {};
   std::vector<Chunk> measured_, all_;  // launches of a step without and with excluded tensors
   Arena arena_;
   size_t work_begin_ = 0;  // of the arena's part that every step writes before it reads
-  LayerSums* layer_sums_ = nullptr;
+  Sums* layer_sums_ = nullptr;
   StepArgs args_ = {};
   std::vector<uint64_t> tagged_;  // read by launches up to the end of their table
   std::optional<c10::cuda::CUDAStream> last_;
-  cudaEvent_t moved_ = nullptr;
+  cudaEvent_t step_done_ = nullptr;
   Stress stress_;
 };
 
@@ -277,8 +277,8 @@ std::optional<std::string> unavailable(at::Device device) {
   cudaError_t error = cudaGetDeviceCount(&devices);
   if (error == cudaSuccess) {
     const c10::cuda::CUDAGuard guard(device);
-    Device hardware;
-    error = inspect(hardware);
+    DeviceLimits limits;
+    error = inspect(limits);
   }
   if (error == cudaSuccess) return std::nullopt;
   cudaGetLastError();

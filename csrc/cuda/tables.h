@@ -11,7 +11,9 @@ namespace gradamp::cuda {
 
 // A warp works on one tile at a time; 16 KB of fp32.
 constexpr int64_t kTileElements = 4096;
-// Tiles of one layer whose sums are merged before the layer's are.
+// So many tiles of one layer are merged before the layer's are: one for each lane of the warp
+// that comes last, which then loads all their sums at once. (A Triton program merges 256 rows
+// at once, so its groups are of 256.)
 constexpr int kGroupTiles = 32;
 
 // Addresses travel by value in the kernel's parameters, whose limit is 4 KB, or 32,764

@@ -18,6 +18,10 @@ namespace gradamp {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+GRADAMP_HD int element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 GRADAMP_HD bool is_finite(double x) { return x - x == 0.0; }
 
 }  // namespace gradamp

@@ -153,6 +153,12 @@ GRADAMP_HD double amplification(const LayerState& s, double factor) {
   return s.selected != 0.0 ? factor : 1.0;
 }
 
+// A multiplier is rounded once, to the precision that it is applied in.
+GRADAMP_HD double as_applied(double multiplier, DType dtype) {
+  return dtype == DType::kFloat64 ? multiplier
+                                  : static_cast<double>(static_cast<float>(multiplier));
+}
+
 GRADAMP_HD bool needs_norm(const Config& c) { return c.match_norm || c.max_norm > 0.0; }
 
 // What every gradient is multiplied by on top, from the sums of squares before and

@@ -5,6 +5,10 @@
 
 namespace gradamp {
 
+// Whether a sum of squares in fp32 is as good as its addends: beyond this range squares of a few
+// elements vanish or overflow, and are taken again, of elements scaled into it.
+GRADAMP_HD bool squares_in_range(float squares) { return squares >= 1e-28f && squares <= 1e34f; }
+
 struct Moments {
   double count = 0.0;
   double mean = 0.0;

@@ -118,13 +118,13 @@ struct Emulated {
   Tiling tiling;
   HostTables tables;
   std::vector<Window> windows;
-  std::vector<TileSums> tiles, groups;
-  std::vector<LayerSums> layers;
+  std::vector<Sums> tiles, groups;
+  std::vector<Sums> layers;
   std::vector<double> scores, amplified;
   std::vector<uint32_t> tickets;
   Verdict verdict;
   StepArgs args = {};
-  Device device = {};
+  DeviceLimits device = {};
 };
 
 template <class T>
@@ -188,7 +188,7 @@ void emulated_delete(void* engine) { delete static_cast<Emulated*>(engine); }
 
 // Returns the number of launches, or -1 if a ticket is left over.
 int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
-                  const float* grad_scale, float* found_inf, int unscale, LayerSums* sums,
+                  const float* grad_scale, float* found_inf, int unscale, Sums* sums,
                   int capacity, int blocks, int cooperative, uint32_t seed) {
   auto& e = *static_cast<Emulated*>(engine);
   emulator::random_order.seed(seed);
@@ -202,7 +202,7 @@ int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
   a.grad_scale = grad_scale;
   a.found_inf = found_inf;
   a.unscale = unscale && grad_scale;
-  a.exports = sums != nullptr;
+  a.measure_only = sums != nullptr;
   a.work.layers = sums ? sums : e.layers.data();
   a.write_in_first_phase = !two_phases;
   const bool with_excluded = (norm || a.unscale) && !(two_phases && sums);
