@@ -116,11 +116,9 @@ def test_epoch_factor_and_counters_are_stored(place: Place) -> None:
     again.step()  # the epoch is known: no RuntimeError
 
 
-@pytest.mark.parametrize("other", PLACES, ids=str)
+@pytest.mark.parametrize("other", [p for p in PLACES if why_not(p) is None], ids=str)
 def test_across_backends(place: Place, other: Place) -> None:
     """Another backend takes over: same counters, same selection, states within tolerance."""
-    if reason := why_not(other):
-        pytest.skip(f"{other}: {reason}")
     first, second = bare(SHAPES, device=place.device), bare(SHAPES, device=other.device)
     amplifier = place.amplifier(first, **QUICK)
     advance(first, amplifier, Stream(first), 5)
