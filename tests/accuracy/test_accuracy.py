@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,14 +64,6 @@ def easy() -> Data:
     return Data(
         "fake", padded, labels[:256], images[256:], labels[256:], 4, 1, False, middle, width
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def row_of(run: Run, **changes: Any) -> Row:

@@ -26,7 +26,7 @@ def test_runs(example: Path, tmp_path: Path) -> None:
     if names := missing_libraries(example.read_text()):
         pytest.skip(f"not installed: {', '.join(names)}")
     done = subprocess.run(
-        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     if "needs an NVIDIA GPU" in done.stdout:

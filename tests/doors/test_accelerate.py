@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from stacks import (
-    BATCH,
     EPOCHS,
     OPTIONS,
+    batches,
     by_hand,
+    check_fused,
+    in_two_ways,
     loss_of,
-    make_data,
+    make_loader,
     make_model,
     make_optimizer,
     make_scaler,
@@ -22,7 +24,6 @@ from stacks import (
     weights,
 )
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from gradamp_fast import Amplifier
 
@@ -49,7 +50,7 @@ class Training:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
         model = make_model()
         self.model, self.optimizer, self.data = self.accelerator.prepare(
-            model, make_optimizer(model), DataLoader(TensorDataset(*make_data()), BATCH)
+            model, make_optimizer(model), make_loader()
         )
         self.amplifier = Amplifier(self.model, **{**OPTIONS, **options})
         if attach:
@@ -72,9 +73,8 @@ class Training:
         return weights(self.model)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("norm", [{}, {"max_norm": 0.5}], ids=str)
-def test_attached(norm: dict[str, float], accumulate: int) -> None:
+@in_two_ways
+def test_attached(accumulate: int, norm: dict[str, float]) -> None:
     training = Training(accumulate=accumulate, **norm)
     assert same(training.run(), by_hand(accumulate=accumulate, **norm))
     assert training.amplifier.report().steps == EPOCHS * 6 // accumulate
@@ -112,21 +112,17 @@ def test_half_precision(fused: bool) -> None:
     amplifier = Amplifier(model, **OPTIONS)
     amplifier.attach(optimizer)
     left_out = 0
-    for epoch in range(EPOCHS):
-        amplifier.set_epoch(epoch)
-        for x, y in DataLoader(TensorDataset(*make_data()), BATCH):
-            with torch.autocast("cpu", torch.float16):
-                loss = loss_of(model, x, y)
-            scaler.scale(loss).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            left_out += optimizer.step_was_skipped
-    report = amplifier.report()
-    for mine, theirs in zip(weights(model), by_hand(half=True), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    for x, y in batches(amplifier):
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model, x, y)
+        scaler.scale(loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        left_out += optimizer.step_was_skipped
     if fused:
-        assert 0 < report.skipped_steps < report.steps
+        check_fused(model, amplifier)
     else:
+        report = amplifier.report()
         assert left_out > 0
         assert same(weights(model), by_hand(half=True))
         assert (report.steps, report.skipped_steps) == (EPOCHS * 6 - left_out, 0)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from stacks import (
-    BATCH,
-    EPOCHS,
     OPTIONS,
+    batches,
     by_hand,
+    in_two_ways,
     loss_of,
     make_data,
     make_model,
@@ -21,7 +21,6 @@ from stacks import (
     weights,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from gradamp_fast import Amplifier
 
@@ -40,15 +39,13 @@ def run(*, half: bool = True, accumulate: int = 1, mode: str = "", **options: An
     scaler = NativeScaler(device="cpu")
     scaler._scaler = make_scaler() if half else torch.amp.GradScaler("cpu", enabled=False)
     clipping = {"clip_grad": 0.02, "clip_mode": mode, "parameters": list(model.parameters())}
-    for epoch in range(EPOCHS):
-        amplifier.set_epoch(epoch)
-        for index, (x, y) in enumerate(DataLoader(TensorDataset(*make_data()), BATCH), 1):
-            with torch.autocast("cpu", torch.float16, enabled=half):
-                loss = loss_of(model, x, y)
-            update = index % accumulate == 0
-            scaler(loss / accumulate, optimizer, need_update=update, **(clipping if mode else {}))
-            if update:
-                optimizer.zero_grad()
+    for index, (x, y) in enumerate(batches(amplifier), 1):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = loss_of(model, x, y)
+        update = index % accumulate == 0
+        scaler(loss / accumulate, optimizer, need_update=update, **(clipping if mode else {}))
+        if update:
+            optimizer.zero_grad()
     return weights(model)
 
 
@@ -56,23 +53,20 @@ def by_hand_with_agc(agc_first: bool) -> list[Tensor]:
     model = make_model()
     optimizer = make_optimizer(model)
     amplifier = Amplifier(model, **OPTIONS)
-    for epoch in range(EPOCHS):
-        amplifier.set_epoch(epoch)
-        for x, y in DataLoader(TensorDataset(*make_data()), BATCH):
-            loss_of(model, x, y).backward()
-            if not agc_first:
-                amplifier.step()
-            dispatch_clip_grad(model.parameters(), 0.02, mode="agc")
-            if agc_first:
-                amplifier.step()
-            optimizer.step()
-            optimizer.zero_grad()
+    for x, y in batches(amplifier):
+        loss_of(model, x, y).backward()
+        if not agc_first:
+            amplifier.step()
+        dispatch_clip_grad(model.parameters(), 0.02, mode="agc")
+        if agc_first:
+            amplifier.step()
+        optimizer.step()
+        optimizer.zero_grad()
     return weights(model)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("norm", [{}, {"max_norm": 0.5}], ids=str)
-def test_native_scaler(norm: dict[str, float], accumulate: int) -> None:
+@in_two_ways
+def test_native_scaler(accumulate: int, norm: dict[str, float]) -> None:
     found = run(accumulate=accumulate, **norm)
     assert same(found, by_hand(half=True, accumulate=accumulate, **norm))
 

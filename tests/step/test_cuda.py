@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import COMPLEX, REALS, SHAPES, Place, Stream, Twin, bare, bits, put, same_bits, why_not
-from test_checkpoint import flat
+from cases import (
+    COMPLEX,
+    REALS,
+    SHAPES,
+    Place,
+    Stream,
+    Twin,
+    bare,
+    hash_of,
+    put,
+    same_bits,
+    why_not,
+)
 from torch import Tensor, nn
 
 from gradamp_fast import Amplifier, Schedule
@@ -41,17 +51,6 @@ def mixed(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
 def stress(amplifier: Amplifier, **what: Any) -> None:
     """What a step must not depend on: ``Stress`` in csrc/engine.h."""
     amplifier._backend.compiled.stress(**what)
-
-
-def hash_of(model: nn.Module, amplifier: Amplifier) -> str:
-    """Over every gradient and the state."""
-    out = hashlib.sha256()
-    for parameter in model.parameters():
-        out.update(bits(parameter.grad).numpy().tobytes())
-    for key, value in sorted(flat(amplifier.state_dict()).items()):
-        content = value.cpu().numpy().tobytes() if isinstance(value, Tensor) else value
-        out.update(f"{key}={content!r}".encode())
-    return out.hexdigest()
 
 
 @functools.cache

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import COMPLEX, REALS, SHAPES, Place, Stream, Twin, bare, same_bits
+from cases import COMPLEX, REALS, SHAPES, Place, Stream, Twin, bare, digest, same_bits
 from cuda.emulated import EmulatedBackend, compiled
-from test_determinism import digest
-from test_shards import CUTS, check_left_alone, check_parts
+from parts import CUTS, check_left_alone, check_parts
 
 from gradamp_fast import backends
 

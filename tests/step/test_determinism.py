@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cases import COMPLEX, REALS, SHAPES, Place, Stream, bare, bits, put
-from test_checkpoint import flat
+from cases import SHAPES, Place, digest
 
 SETTINGS: list[dict[str, Any]] = [
     {"timing": "lagged"},
@@ -25,25 +23,6 @@ def threads_as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def digest(place: Place, options: dict[str, Any], shapes: dict[str, Any]) -> str:
-    """A hash over every written gradient and the final state of six steps."""
-    dtypes = (*REALS, *COMPLEX)
-    of = {name: dtypes[index % len(dtypes)] for index, name in enumerate(shapes)}
-    model = bare(shapes, of, place.device)
-    amplifier = place.amplifier(model, min_steps=2, refresh=2, **options)
-    stream, out = Stream(model), hashlib.sha256()
-    for _ in range(6):
-        put(model, stream.next())
-        amplifier.step()
-        for parameter in model.parameters():
-            out.update(bits(parameter.grad).numpy().tobytes())
-    assert any(layer.selected for layer in amplifier.report().layers)
-    for key, value in sorted(flat(amplifier.state_dict()).items()):
-        content = value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else value
-        out.update(f"{key}={content!r}".encode())
-    return out.hexdigest()
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)

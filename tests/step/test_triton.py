@@ -23,7 +23,7 @@ from gradamp_fast.state import State
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs under test_in_the_interpreter")
+inside = pytest.mark.interpreter
 outside = pytest.mark.skipif(INTERPRETED, reason="says what happens without the interpreter")
 
 PLACE = Place("triton", "cpu")
