@@ -115,7 +115,7 @@ def test_amplified_cells_are_framed_within_themselves() -> None:
     plot._colours(scale, axes, torch.zeros(2, 3, dtype=torch.float64), "fluctuation")
     plot._lay_out(figure, axes, ["first", "second"])
     plot._frames(axes, share)
-    cells, frames = axes.collections
+    _, frames = axes.collections
     corners = [path.vertices[:4] for path in frames.get_paths()]
     centres = [tuple(c.mean(0).round(6)) for c in corners]
     assert centres == [(1, 0), (2, 0), (0, 1)]  # column, row
