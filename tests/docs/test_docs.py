@@ -236,7 +236,7 @@ def without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError) as raised:
-        plot._canvas(1, 1)
+        plot._plain_text()
     return f"ImportError: {raised.value}"
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import math
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,7 @@ from cases import SHAPES, Stream, bare, put
 from gradamp_fast import Amplifier, LayerReport, Report, plot
 from gradamp_fast.plot import heatmap
 
-pytest.importorskip("matplotlib")
+matplotlib = pytest.importorskip("matplotlib")
 
 
 def made_up_history(layers: int, epochs: int, by_epoch: bool = True) -> list[Report]:
@@ -107,14 +113,137 @@ def test_amplified_cells_are_framed_within_themselves() -> None:
     share = torch.tensor([[0.0, 1.0, 0.25], [0.5, 0.0, 0.0]], dtype=torch.float64)
     figure, scale, axes = plot._canvas(2, 3)
     plot._colours(scale, axes, torch.zeros(2, 3, dtype=torch.float64), "fluctuation")
-    plot._frames(figure, axes, share)
-    [frames] = axes.collections
+    plot._lay_out(figure, axes, ["first", "second"])
+    plot._frames(axes, share)
+    _, frames = axes.collections
     corners = [path.vertices[:4] for path in frames.get_paths()]
     centres = [tuple(c.mean(0).round(6)) for c in corners]
     assert centres == [(1, 0), (2, 0), (0, 1)]  # column, row
     assert all((abs(c - c.mean(0)) < 0.5).all() for c in corners)
     widths = frames.get_linewidths()
     assert widths[0] > widths[2] > widths[1] > 0
+
+
+def test_an_amplified_cell_of_a_thin_row_has_a_bar_as_long_as_its_share() -> None:
+    axes = plot._canvas(1, 3)[2]
+    plot._bars(axes, torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64))
+    [bars] = axes.collections
+    left, right = ([f(path.vertices[:4, 0]) for path in bars.get_paths()] for f in (min, max))
+    assert left == [0.5, 1.5]
+    assert [b - a for a, b in zip(left, right, strict=True)] == pytest.approx([1 / 3, 1 / 6])
+
+
+# ---- many layers --------------------------------------------------------------------
+
+
+def names_of(shape: Sequence[int]) -> list[str]:
+    """Paths of a tree of modules with so many children on each level."""
+    return [".".join(map(str, path)) for path in product(*map(range, shape))]
+
+
+@pytest.mark.parametrize(
+    ("names", "blocks", "first", "last"),
+    [
+        (names_of((301,)), 151, "0 … 1 (2)", "300"),
+        (names_of((100, 9)), 100, "0 (9)", "99 (9)"),
+        (names_of((1, 299, 4)), 299, "0.0 (4)", "0.298 (4)"),
+        (names_of((2, 500, 3)), 250, "0.0 … 3 (12)", "1.496 … 499 (12)"),
+        ([*names_of((60, 6)), "head"], 61, "0 (6)", "head"),
+        (["", *names_of((350, 1))], 176, "(root) … 0 (2)", "349"),
+    ],
+)
+def test_many_layers_are_shown_by_block(
+    names: list[str], blocks: int, first: str, last: str
+) -> None:
+    labels, rows = plot._blocks([name or "(root)" for name in names])
+    assert (len(labels), labels[0], labels[-1]) == (blocks, first, last)
+    assert len(set(labels)) == blocks <= plot.ROWS
+    assert sorted(set(rows.tolist())) == list(range(blocks))
+    counts = [int(label[:-1].rpartition("(")[2]) if label[-2:-1].isdigit() and label.endswith(")")
+              else 1 for label in labels]  # fmt: skip
+    assert rows.bincount().tolist() == counts
+
+
+def test_a_block_is_the_mean_of_its_measured_layers() -> None:
+    nan, inf = float("nan"), float("inf")
+    table = torch.tensor([[1.0, nan], [3.0, nan], [5.0, 2.0], [inf, 4.0]], dtype=torch.float64)
+    means = plot._mean(table, torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(
+        means, torch.tensor([[2.0, nan], [5.0, 3.0]]).double(), equal_nan=True
+    )
+
+
+def test_variances_are_averaged_by_their_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(plot, "_colours", lambda scale, axes, values, shown: drawn.append(values))
+    heatmap(made_up_history(304, 2), io.BytesIO(), show="variance")
+    [values] = drawn
+    assert values.shape == (38, 2)  # blocks of eight
+    expected = math.exp(sum(math.log(1e-6 * (layer + 1)) for layer in range(8)) / 8)
+    assert values[0, 1].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("all_layers", "rows"), [(False, 188), (True, 3000)])
+def test_three_thousand_layers_make_a_picture_that_can_be_looked_at(
+    all_layers: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    lay_out = plot._lay_out
+
+    def watched(figure: Any, axes: Any, names: Sequence[str]) -> None:
+        assert len(names) == rows
+        lay_out(figure, axes, names)
+        figures.append((figure, axes))
+
+    monkeypatch.setattr(plot, "_lay_out", watched)
+    path = tmp_path / "map.png"
+    heatmap(made_up_history(3000, 4), path, all_layers=all_layers)
+    [(figure, axes)] = figures
+    width, height = figure.canvas.get_width_height()
+    assert height < 2**16
+    assert width * height < 40e6
+    boxes = sorted((box.y0, box.y1) for box in name_boxes(axes))
+    assert 150 <= len(boxes) <= 300
+    assert all(below[1] <= above[0] for below, above in pairwise(boxes)), "names overlap"
+    assert all(0 <= box.x0 < box.x1 <= axes.get_window_extent().x0 for box in name_boxes(axes))
+    assert len(axes.collections) == 2  # the cells and their frames
+
+
+def name_boxes(axes: Any) -> list[Any]:
+    return [label.get_window_extent() for label in axes.get_yticklabels()]
+
+
+def test_the_time_a_picture_takes_hardly_grows_with_the_layers() -> None:
+    def seconds(layers: int) -> float:
+        history = made_up_history(layers, 4)
+        begin = time.process_time()
+        heatmap(history, io.BytesIO())
+        return time.process_time() - begin
+
+    seconds(8)  # loads fonts
+    assert seconds(8000) < 3 * seconds(300)
+
+
+# ---- names --------------------------------------------------------------------------
+
+
+def test_markup_in_a_name_is_text(tmp_path: Path) -> None:
+    names = ["a$b$", "$\\frac$", "x_1^2", "50%", "line\nbreak", "long" * 40]
+    [report] = made_up_history(len(names), 1)
+    layers = tuple(replace(x, name=n) for x, n in zip(report.layers, names, strict=True))
+    with matplotlib.rc_context({"svg.fonttype": "none", "text.usetex": True}):
+        heatmap([replace(report, layers=layers)], tmp_path / "map.svg", title="$5 and $6")
+    text = (tmp_path / "map.svg").read_text()
+    for shown in ("a$b$", "$\\frac$", "x_1^2", "50%", "line?break", "$5 and $6"):
+        assert f">{shown}</text>" in text, shown
+    assert f">{('long' * 40)[:29]}…{('long' * 40)[-30:]}</text>" in text
+
+
+def test_a_default_device_makes_no_difference(tmp_path: Path) -> None:
+    heatmap(made_up_history(320, 3), tmp_path / "plain.png")
+    with torch.device("meta"):
+        heatmap(made_up_history(320, 3), tmp_path / "other.png")
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "other.png").read_bytes()
 
 
 def test_the_heat_map_needs_layers(tmp_path: Path) -> None:
