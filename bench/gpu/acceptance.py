@@ -25,7 +25,7 @@ from types import FrameType
 
 PYTHON = os.environ.get("PYTHON", sys.executable)
 GRACE = 5.0  # seconds from the interrupt, on which pytest tells its failures, to the kill
-TESTS = Path("tests")
+TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ def tests(name: str, by: float, files: str, which: str, after: tuple[str, ...], 
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", "--tb=short"]
     command += ["--maxfail=20", "--device", "cuda", "-k", which, *more]
     command += ["-n", str(workers)] if workers > 1 and find_spec("xdist") else []
-    command += [str(path) for name in files.split() for path in TESTS.rglob(f"test_{name}.py")]
+    command += [str(next(TESTS.rglob(f"test_{name}.py"))) for name in files.split()]
     one_thread = {"OMP_NUM_THREADS": "1"}  # else every process takes all cores
     return Part(
         name, by, command, after, expects=r"\b[1-9]\d* passed", environment=one_thread
@@ -88,7 +88,7 @@ def sanitizer(tool: str) -> Part:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     command += ["--kernel-name", "kernel_substring=step_kernel"]
     command += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    command += [PYTHON, "tests/cuda/small_steps.py"]
+    command += [PYTHON, str(TESTS / "cuda" / "small_steps.py")]
     return Part(tool, 0.5, command, expects=r"\b0 (errors|hazards)", tool=command[0])
 
 
