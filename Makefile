@@ -31,7 +31,7 @@ pytest: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: build
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.accuracy.demo
 
 bench: build
 	$(BIN)/python -m bench

@@ -10,7 +10,7 @@ import torch
 from cases import Place, Stream, bare, put
 from torch import nn
 
-from bench import controls
+from bench.accuracy import controls
 from gradamp_fast import Amplifier, reference
 
 QUICK = {"min_steps": 1, "refresh": 1, "decay": 0.5}

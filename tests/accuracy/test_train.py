@@ -21,8 +21,8 @@ except RuntimeError:
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from bench import models, train
-from bench.data import Data, DataMissing, load
+from bench.accuracy import models, train
+from bench.accuracy.data import Data, DataMissing, load
 
 RECIPE = train.Recipe(arch="cnn", epochs=2, batch=32, lr=0.05)
 

@@ -92,22 +92,6 @@ def test_replay_equals_eager(gpu: Place, options: dict) -> None:
     assert amplifier.report().steps == 9
 
 
-def test_capture_after_prepare_alone(gpu: Place) -> None:
-    model = bare(SHAPES, device=gpu.device)
-    stream = Stream(model)
-    put(model, stream.next())
-    amplifier = gpu.amplifier(model, **QUICK)
-    amplifier.prepare()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        amplifier.step()
-    assert amplifier.report().steps == 0
-    for count in (1, 2):
-        refill(model, stream.next())
-        graph.replay()
-        assert amplifier.report().steps == count
-
-
 def test_steps_on_several_streams_are_ordered(gpu: Place) -> None:
     eager, by_hand, later = warm(gpu)
     model, amplifier, _ = warm(gpu)

@@ -1,6 +1,7 @@
 """What the CUDA C++ step has to reach on a GPU, measured and judged. The bars are for an H200.
 
-python -m bench.gpu_bars --out FOLDER      all bars: bars.json, bars.csv and a table
+python -m bench.gpu.bars --out FOLDER               all bars: bars.json, bars.csv and a table
+python -m bench.gpu.bars --out FOLDER --only rates  these alone; the others found there are kept
 
 Every subject is checked against the fp64 reference before it is timed; times are the device's,
 of CUDA graphs, medians over interleaved rounds. "Cold" goes round through copies of the
@@ -13,17 +14,18 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import clocks, gpu_traffic
-from bench.baselines import Bytes, Fused, Subject, amplifier_options, give, parameters_of
-from bench.gpu_traffic import BF16, FP32, wide
+from bench import clocks
+from bench.baselines import Fused, Subject, amplifier_options
+from bench.gpu import traffic
+from bench.gpu.subjects import KernelCopy, MemoryCopy, Reading, Scaled, UnscaleAndClip
+from bench.gpu.traffic import BF16, FP32, wide
 from bench.micro import Effort, Player, Replayed, Task, interleave, verify
 from bench.results import describe_machine, percentiles
 from bench.shapes import MODELS, Shapes, elements
@@ -37,16 +39,17 @@ KEPT = 26 << 20  # bytes that an H200's processors keep in shared memory between
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar in one case; ``passed`` is None where it could not be measured."""
+    """One bar in one case; ``passed`` is None where nothing is judged: ``note`` says why."""
 
     number: int
     case: str
     what: str
     value: float | None
-    limit: float
+    limit: float | None
     unit: str
     passed: bool | None
     note: str = ""
+    part: str = ""  # the function below that measured it
 
 
 def at_most(number: int, case: str, what: str, value: float, limit: float, unit: str) -> Bar:
@@ -57,72 +60,13 @@ def at_least(number: int, case: str, what: str, value: float, limit: float, unit
     return Bar(number, case, what, value, limit, unit, value >= limit)
 
 
+def beside(number: int, case: str, what: str, value: float, unit: str = "") -> Bar:
+    """A second yardstick, told and not judged."""
+    return Bar(number, case, what, value, None, unit, None, "for comparison")
+
+
 def many(count: int) -> Shapes:
     return {f"m{i}.weight": (1 + 37 * i % 3000,) for i in range(count)}
-
-
-# ---- subjects -------------------------------------------------------------------------
-
-
-class SameBytes(Bytes):
-    """A copy that moves ``share`` times the gradients' bytes: half of that read, half written."""
-
-    name = "copy"
-    leaves_out = "everything"
-
-    def __init__(self, workload: Workload, share: float) -> None:
-        super().__init__(workload, 0.0)
-        self.count = round(share / 2 * self.flat.numel())
-        self.elsewhere = torch.empty_like(self.flat[: self.count])
-        self.run = lambda: self.elsewhere.copy_(self.flat[: self.count])
-
-
-class Reading(Bytes):
-    """A flat reduction that reads everything."""
-
-    leaves_out = "everything"
-
-    def __init__(self, workload: Workload, name: str) -> None:
-        super().__init__(workload, 0.0)
-        self.name = name
-        reductions: dict[str, Callable[[], Tensor]] = {
-            "sum": lambda: self.flat.sum(dtype=torch.float32),
-            "amax": lambda: self.integers.amax(),
-        }
-        self.run = reductions[name]
-
-
-class Scaled(Fused):
-    """The package's step with ``grad_scale`` and ``found_inf``."""
-
-    def __init__(self, workload: Workload, options: dict[str, object]) -> None:
-        super().__init__(workload, "cuda", options)
-        scale, found_inf = (torch.ones(1, device=workload.device) for _ in range(2))
-        found_inf.zero_()
-        self.run = lambda: self.amplifier.step(grad_scale=scale, found_inf=found_inf)
-
-
-class UnscaleAndClip(Subject):
-    """What ``GradScaler.unscale_`` and ``clip_grad_norm_`` do on the device."""
-
-    name = "unscale_ + clip_grad_norm_"
-    leaves_out = "statistics and amplification"
-
-    def __init__(self, workload: Workload, max_norm: float) -> None:
-        self.parameters, self.max_norm = parameters_of(workload), max_norm
-        self.inverse, self.found_inf = (torch.ones(1, device=workload.device) for _ in range(2))
-        self.found_inf.zero_()
-        self.run = self.step
-
-    def take(self, buffers: Buffers, factor: float) -> None:
-        self.gradients = buffers.gradients
-        give(self.parameters, buffers)
-
-    def step(self) -> None:
-        torch._amp_foreach_non_finite_check_and_unscale_(
-            self.gradients, self.found_inf, self.inverse
-        )
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm, foreach=True)
 
 
 # ---- measuring ------------------------------------------------------------------------
@@ -191,16 +135,18 @@ def rates() -> Iterator[Bar]:
         ):
             for fraction in (0.25, 1.0):
                 scene = Scene(shapes, dtype, fraction)
-                copy = SameBytes(scene.work, 1.0 + scene.work.amplified_fraction)
+                moved = 1.0 + scene.work.amplified_fraction
+                copies = [kind(scene.work, moved) for kind in (MemoryCopy, KernelCopy)]
                 for cache in ("cold", "warm") if share is None else ("cold",):
-                    took = scene.medians([scene.fused("lagged"), copy], cache)
-                    case, ours, theirs = (
-                        label(model, dtype, fraction, cache), took["lagged"], took["copy"],
-                    )  # fmt: skip
+                    took = scene.medians([scene.fused("lagged"), *copies], cache)
+                    case, ours = label(model, dtype, fraction, cache), took["lagged"]
+                    node, kernel = took[MemoryCopy.name], took[KernelCopy.name]
                     if share is None:
-                        yield at_most(2, case, "lagged - copy", ours - theirs, 6.0, "us")
+                        yield at_most(2, case, "lagged - copy", ours - node, 6.0, "us")
+                        yield beside(2, case, "lagged - kernel copy", ours - kernel, "us")
                     else:
-                        yield at_least(2, case, "copy / lagged", theirs / ours, share, "")
+                        yield at_least(2, case, "copy / lagged", node / ours, share, "")
+                        yield beside(2, case, "kernel copy / lagged", kernel / ours)
         scene = Scene(wide(16), dtype, 0.0)
         reading: list[Subject] = [Reading(scene.work, name) for name in ("sum", "amax")]
         took = scene.medians([scene.fused("lagged"), *reading], "cold")
@@ -223,13 +169,10 @@ def clipping() -> Iterator[Bar]:
         for dtype in (FP32, BF16):
             scene = Scene(MODELS[model](), dtype, 0.25, keep=True)
             options = amplifier_options("clip", scene.work)
-            both = [
-                scene.fused("clip", scaled=True),
-                UnscaleAndClip(scene.work, options["max_norm"]),
-            ]
-            took = scene.medians(both, "cold")
-            ratio = took["clip"] / took[both[1].name]
-            yield at_most(5, label(model, dtype, 0.25), "ours / unscale_ + clip", ratio, 0.65, "")
+            theirs = UnscaleAndClip(scene.work, options["max_norm"])
+            took = scene.medians([scene.fused("clip", scaled=True), theirs], "cold")
+            ratio = took["clip"] / took[theirs.name]
+            yield at_most(5, label(model, dtype, 0.25), f"ours / {theirs.name}", ratio, 0.65, "")
 
 
 def host_time() -> Iterator[Bar]:
@@ -280,10 +223,10 @@ def alignment() -> Iterator[Bar]:
             )
 
 
-def traffic() -> Iterator[Bar]:
+def dram_bytes() -> Iterator[Bar]:
     """Ends with the first case that cannot be counted: the others could not be either."""
-    for case, (_, _, _, timing) in gpu_traffic.CASES.items():
-        found = gpu_traffic.count(case)
+    for case, (_, _, _, timing) in traffic.CASES.items():
+        found = traffic.count(case)
         least = 1.0 + found.amplified
         if timing == "lagged":
             limit = 1.03 * least
@@ -300,23 +243,36 @@ def traffic() -> Iterator[Bar]:
 
 # ---- the whole ------------------------------------------------------------------------
 
+PARTS = {
+    part.__name__: part
+    for part in (launches, host_time, rates, exactness, clipping, alignment, dram_bytes)
+}
+
 
 def show(bar: Bar) -> str:
-    verdict = {True: "passed", False: "MISSED", None: "not measured"}[bar.passed]
-    value = "-" if bar.value is None else f"{bar.value:.3f}"
+    verdict = {True: "passed", False: "MISSED", None: "not judged:"}[bar.passed]
+    value, limit = ("-" if x is None else f"{x:.3f}" for x in (bar.value, bar.limit))
     return (
-        f"{bar.number}  {bar.case:34} {bar.what:26} {value:>9} {bar.limit:8.3f} {bar.unit:2} "
+        f"{bar.number}  {bar.case:34} {bar.what:30} {value:>9} {limit:>8} {bar.unit:2} "
         f"{verdict} {bar.note}"
     )
 
 
-def measured() -> Iterator[Bar]:
-    for part in (launches, host_time, rates, exactness, clipping, alignment, traffic):
+def measured(names: list[str]) -> Iterator[Bar]:
+    for name in names:
         try:
-            yield from part()
+            for bar in PARTS[name]():
+                yield replace(bar, part=name)
         except Exception as error:  # the other bars are measured all the same
             note = f"{type(error).__name__}: {error}"
-            yield Bar(0, part.__name__, "stopped", None, 0.0, "", False, note)
+            yield Bar(0, name, "stopped", None, None, "", False, note, name)
+
+
+def earlier(folder: Path, names: list[str]) -> list[Bar]:
+    """What other parts left in the folder."""
+    file = folder / "bars.json"
+    bars = json.loads(file.read_text())["bars"] if file.exists() else []
+    return [Bar(**bar) for bar in bars if bar["part"] not in names]
 
 
 def save(bars: list[Bar], machine: dict[str, Any], folder: Path) -> None:
@@ -332,19 +288,21 @@ def save(bars: list[Bar], machine: dict[str, Any], folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the results")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts (default: all)")
     given = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu_bars: NO GPU: torch finds no CUDA device here; nothing was measured")
+        print("gpu.bars: NO GPU: torch finds no CUDA device here; nothing was measured")
         return 2
     machine = describe_machine(torch.device("cuda"))
     given.out.mkdir(parents=True, exist_ok=True)
-    bars: list[Bar] = []
-    for bar in measured():
+    names = given.only or list(PARTS)
+    before, bars = earlier(given.out, names), []
+    for bar in measured(names):
         bars.append(bar)
         print(show(bar), flush=True)
-        save(bars, machine, given.out)
+        save(before + bars, machine, given.out)
     passed, missed = (sum(bar.passed is verdict for bar in bars) for verdict in (True, False))
-    print(f"{passed} passed, {missed} missed, {len(bars) - passed - missed} not measured")
+    print(f"{passed} passed, {missed} missed, {len(bars) - passed - missed} not judged")
     return 1 if missed else 0
 
 

@@ -1,6 +1,6 @@
 """Trains a ResNet-18 of half width on handwritten digits, once plainly and once amplified.
 
-    python -m bench.demo
+    python -m bench.accuracy.demo
 
 Real images, nothing to download, about a minute on one core. Ends with both accuracies, what is
 known of each layer, and a heat-map of the layers' fluctuation in which amplified epochs are framed.
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from bench.data import DataMissing, load
-from bench.train import Recipe, Result, train_watched
+from bench.accuracy.data import DataMissing, load
+from bench.accuracy.train import Recipe, Result, train_watched
 from gradamp_fast.plot import heatmap
 from gradamp_fast.table import render
 
@@ -41,7 +41,7 @@ def outcome(plain: Result, amplified: Result) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.demo", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m bench.accuracy.demo", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--epochs", type=int, default=RECIPE.epochs, help="default: %(default)s")
     parser.add_argument("--out", default="out/demo.png", help="the heat-map; default: %(default)s")
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         recipe = replace(RECIPE, epochs=given.epochs)
         data = load("digits")
     except (DataMissing, ValueError) as error:
-        sys.exit(f"python -m bench.demo: {error}")
+        sys.exit(f"python -m bench.accuracy.demo: {error}")
     plain = train_watched(data, recipe)
     amplified = train_watched(data, recipe, AMPLIFY)
     print(f"\nLayers at the end of the amplified run\n{render(amplified.history[-1])}")

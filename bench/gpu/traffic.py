@@ -1,6 +1,6 @@
 """Bytes that a step moves to and from the GPU's memory, as ncu counts them.
 
-python -m bench.gpu_traffic CASE     a few steps of one case, for ncu to look at
+python -m bench.gpu.traffic CASE     a few steps of one case, for ncu to look at
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def count(case: str) -> Traffic:
     command = [ncu, "--csv", "--print-units", "base", "--clock-control", "none"]
     command += ["--metrics", "dram__bytes_read.sum,dram__bytes_write.sum"]
     command += ["--kernel-name", "regex:step_kernel", "--launch-skip", "2", "--launch-count", "1"]
-    command += [sys.executable, "-m", "bench.gpu_traffic", case]
+    command += [sys.executable, "-m", "bench.gpu.traffic", case]
     result = subprocess.run(command, capture_output=True, text=True)
     rows = [line for line in result.stdout.splitlines() if line.startswith('"')]
     if result.returncode or len(rows) < 3:

@@ -1,6 +1,6 @@
 """Trains an image classifier, with or without gradient amplification.
 
-    python -m bench.train --data cifar10 --root data --download --arch resnet18 --lr 0.4
+    python -m bench.accuracy.train --data cifar10 --root data --download --arch resnet18 --lr 0.4
 
 `train` is the whole of it and can be called many times in one process on data loaded once.
 """
@@ -10,19 +10,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite, log
 from typing import Any, Literal, get_args
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradamp_fast
-from bench import controls, models
-from bench.console import watch
-from bench.data import NAMES, Data, DataMissing, load
+from bench.accuracy import controls, models
+from bench.accuracy.data import NAMES, Data, DataMissing, load
 
 EVALUATION_BATCH = 1000
 Fall = Literal["linear", "steps"]
@@ -104,7 +106,7 @@ def train(
 ) -> Result:
     """Trains one model on `data`, on the data's device.
 
-    `amplify` holds the options of `bench.controls.make`: those of `gradamp_fast.Amplifier`, and
+    `amplify` holds the options of `controls.make`: those of `gradamp_fast.Amplifier`, and
     `shuffle`. None trains plainly. Runs that differ in nothing but `amplify` start from the same
     weights and see the same batches. The host waits for the device once an epoch, for the metrics
     and the report, and never in between.
@@ -179,6 +181,34 @@ def evaluate(model: nn.Module, data: Data, train_loss: torch.Tensor, bf16: bool)
     return Epoch(*numbers)
 
 
+@contextmanager
+def watch(
+    label: str, steps: int, epochs: int
+) -> Iterator[tuple[Callable[[], None], Callable[[int, Epoch, nn.Module], None]]]:
+    """Shows one run of `steps` steps; yields `on_step` and `on_epoch` for `train`."""
+    console = Console()
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=steps, note="")
+
+        def on_step() -> None:
+            bar.advance(task)
+
+        def on_epoch(number: int, epoch: Epoch, model: nn.Module) -> None:
+            note = f"loss {epoch.train_loss:.3f}, accuracy {epoch.accuracy:.1%}"
+            bar.update(task, note=note)
+            if not console.is_terminal:
+                print(f"{label}: epoch {number + 1}/{epochs}, {note}", flush=True)
+
+        yield on_step, on_epoch
+
+
 def train_watched(data: Data, recipe: Recipe, amplify: Mapping[str, Any] | None = None) -> Result:
     """`train` with its progress shown on the standard output."""
     steps = data.steps(recipe.batch) * recipe.epochs
@@ -198,7 +228,7 @@ def threshold(text: str) -> str | float:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     recipe = Recipe()
     parser = argparse.ArgumentParser(
-        prog="python -m bench.train",
+        prog="python -m bench.accuracy.train",
         description=(__doc__ or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -245,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         data = load(given.data, given.root, given.download, given.device)
         result = train_watched(data, recipe, amplify)
     except (DataMissing, ValueError) as error:
-        sys.exit(f"python -m bench.train: {error}")
+        sys.exit(f"python -m bench.accuracy.train: {error}")
     print(
         f"accuracy {result.accuracy:.2%}, training loss {result.epochs[-1].train_loss:.4f}, "
         f"{result.seconds:.0f} s{', diverged' if result.diverged else ''}"
