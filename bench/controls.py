@@ -68,7 +68,7 @@ class Shuffled(Amplifier):
 
     def _shuffle(self, due: Tensor | None) -> None:
         state = self._state
-        decision = reference.last_decision(state, self.options)
+        decision = reference.last_decision(state, self.options.rules())
         draws = reference.draws(len(self._kind), self._seed, decision)
         selected = state.column("selected")
         shuffled = torch.empty_like(selected).scatter_(

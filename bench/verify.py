@@ -70,7 +70,7 @@ class Expected:
         for step in range(1 if workload.elements > TWO_STEPS else 2):
             self._add_statistics(work)
             amplifier.factor = factor_of(step)
-            reference.step(plan, self.state, amplifier.options, [work[i] for i in order])
+            reference.step(plan, self.state, amplifier.options.rules(), [work[i] for i in order])
             self.gradients.append([g.clone() for g in work])
 
     def _add_statistics(self, gradients: list[Tensor]) -> None:

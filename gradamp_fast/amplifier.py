@@ -48,6 +48,7 @@ class Amplifier:
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         self.options = Options.make(options)
+        self._rules = self.options.rules()
         self._model = weakref.ref(unwrap(model))
         self._excluded: frozenset[int] = frozenset()
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
@@ -56,7 +57,7 @@ class Amplifier:
         self._backend: backends.Stepping | None = None
         self._state = State(self._plan, self.options.factor, state_device(self._plan))
         self._epoch = -1
-        self._needs_epoch = self.options.needs_epochs()
+        self._needs_epoch = self._rules.needs_epochs
         self._warned_empty = False
         self._history = History()
         self._handle = dispatch.register(self)
@@ -135,9 +136,9 @@ class Amplifier:
         if self._backend is None:
             chosen = backends.choose(self.options.backend, self._state.device, self._plan.sharded)
             self._backend = (
-                chosen(self._plan, self._state, self.options)
-                if self.options.placement == "gradient"
-                else BackwardSteps(chosen, self._plan, self._state, self.options, self._model())
+                chosen(self._plan, self._state, self._rules)
+                if not self._rules.backward
+                else BackwardSteps(chosen, self._plan, self._state, self._rules, self._model())
             )
         return self._backend
 
@@ -271,7 +272,7 @@ class Amplifier:
 
         None unless ``max_norm`` or ``match_norm`` is set.
         """
-        if self.options.max_norm is None and not self.options.match_norm:
+        if not self._rules.needs_norm:
             return None
         return self._state.scalar("total_norm").clone()
 
@@ -289,16 +290,16 @@ class Amplifier:
             return
         self._epoch = int(epoch)
         state.scalar("epoch").fill_(self._epoch)
-        if self.options.refresh == "epoch":
-            reference.decide(state, self.options, state.scalar("epoch"))
-            if self.options.decay is None:
+        if self._rules.refresh == 0:
+            reference.decide(state, self._rules, state.scalar("epoch"))
+            if self._rules.decay == 1:
                 state.restart()
         self._needs_epoch = False
         self._follow()
 
     def _follow(self) -> None:
         """Backpropagation, if that is what amplifies, goes by the state as it stands."""
-        if self.options.placement == "backward" and self._owned:
+        if self._rules.backward and self._owned:
             backend = self._ready()
             assert isinstance(backend, BackwardSteps)
             backend.refresh()
@@ -336,7 +337,7 @@ class Amplifier:
             self._backend.resume()
         self._history.clear()
         self._epoch = -1
-        self._needs_epoch = self.options.needs_epochs()
+        self._needs_epoch = self._rules.needs_epochs
 
     # ---- looking at it --------------------------------------------------------------
 
@@ -375,7 +376,7 @@ class Amplifier:
         log_scalars(self.report(), writer, step)
 
     def _snapshot(self) -> Snapshot:
-        return take_snapshot(self._plan, self._state, self.options)
+        return take_snapshot(self._plan, self._state, self._rules)
 
     # ---- checkpoints ----------------------------------------------------------------
 
@@ -396,8 +397,8 @@ class Amplifier:
         """
         self.rebind()
         self._epoch = checkpoint.load(state_dict, self._plan, self._state, self.options)
-        self._needs_epoch = self.options.needs_epochs() and self._epoch < 0
-        if self.options.placement == "backward":
+        self._needs_epoch = self._rules.needs_epochs and self._epoch < 0
+        if self._rules.backward:
             backend = self._ready()
             assert isinstance(backend, BackwardSteps)
             backend.resume()

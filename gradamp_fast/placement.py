@@ -10,6 +10,7 @@ amplified, and pass by the state.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,12 +23,15 @@ from torch.utils.hooks import RemovableHandle
 from . import reference
 from .backends import Stepping
 from .gradients import Outcome
-from .options import Options
+from .options import Rules
 from .plan import Plan
-from .schedule import Schedule
 from .state import GLOBALS, State
 
-_NEVER = Schedule([(2**53 - 1, 2**53)], unit="step")  # gradients themselves are not multiplied
+# The gradients themselves are not multiplied: no step has a number of 2**53, from which on fp64,
+# which counts them, does not hold every integer.
+_NEVER: dict[str, Any] = {
+    "schedule": "step", "windows": ((2.0**53, math.inf, math.nan),), "max_amplification": math.inf,
+}  # fmt: skip
 _UNMEASURED = slice(GLOBALS.index("unmeasured_steps"), GLOBALS.index("unmeasured_skipped") + 1)
 _COUNTERS = slice(GLOBALS.index("step"), GLOBALS.index("skipped_steps") + 1)
 
@@ -42,19 +46,18 @@ class BackwardSteps:
 
     def __init__(
         self,
-        make: Callable[[Plan, State, Options], Stepping],
+        make: Callable[[Plan, State, Rules], Stepping],
         plan: Plan,
         state: State,
-        options: Options,
+        rules: Rules,
         model: nn.Module | None,
     ) -> None:
         if plan.sharded:
             raise ValueError('placement="backward" does not serve sharded gradients')
-        self._state, self._options = state, options
-        self._every = options.measure_every or 10
-        self._measuring = make(plan, state, replace(options, schedule=_NEVER))
-        self._aside = State(plan, options.factor, state.device)
-        self._passing = make(plan, self._aside, replace(options, schedule=_NEVER, refresh="epoch"))
+        self._state, self._rules = state, rules
+        self._measuring = make(plan, state, replace(rules, **_NEVER))
+        self._aside = State(plan, rules.factor, state.device)
+        self._passing = make(plan, self._aside, replace(rules, **_NEVER, refresh=0))
         self.multipliers = {
             dtype: torch.ones(len(plan.layers), dtype=dtype, device=state.device)
             for dtype in (torch.float32, torch.float64)
@@ -72,8 +75,8 @@ class BackwardSteps:
     def refresh(self) -> None:
         """The multipliers for the coming backpropagation, from the state as it stands."""
         factor = torch.ones_like(self._state.scalar("factor"))
-        if self._calls % self._every:
-            factor = reference.active_factor(self._state, self._options)
+        if self._calls % self._rules.measure_every:
+            factor = reference.active_factor(self._state, self._rules)
         selected = self._state.column("selected") != 0
         for multipliers in self.multipliers.values():
             multipliers.copy_(torch.where(selected, factor, 1.0))
@@ -96,7 +99,7 @@ class BackwardSteps:
                 'a step with placement="backward" cannot be captured, since not every step '
                 "measures: capture forward and backward, and step outside of the graph"
             )
-        if self._calls % self._every == 0:
+        if self._calls % self._rules.measure_every == 0:
             outcome = self._measuring.step(grad_scale, found_inf, unscale, None, walked)
         else:
             outcome = self._pass(grad_scale, found_inf, unscale, walked)

@@ -11,13 +11,14 @@ formulas are not public.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import Rules
 from .plan import Plan
 from .state import FIELDS, State
 
@@ -121,7 +122,7 @@ def _merge(moments: Sequence[Tensor]) -> Tensor:
 def measure(
     plan: Plan,
     state: State,
-    options: Options,
+    rules: Rules,
     gradients: Sequence[Tensor | None],
     inverse: Tensor | float,
 ) -> Sums:
@@ -130,8 +131,7 @@ def measure(
     ``gradients`` holds a flat real tensor in memory order, or None, for each of ``plan.slots``.
     A tensor's new running means go to the row of the sketch that is not in use.
     """
-    decay = 1.0 if options.decay is None else options.decay
-    weights = 1 / (1 + decay * state.column("weight_sum"))
+    weights = 1 / (1 + rules.decay * state.column("weight_sum"))
     rows = _constant((0.0, 1.0), torch.int32, state.device)
     moments: dict[int, list[Tensor]] = {}
     sketches: dict[int, list[Tensor]] = {}
@@ -217,55 +217,54 @@ def draws(layers: int, seed: int, decision: Tensor) -> Tensor:
     return (_hash(stream ^ torch.arange(layers, device=number.device)).double() + 0.5) / 2**32
 
 
-def last_decision(state: State, options: Options) -> Tensor:
+def last_decision(state: State, rules: Rules) -> Tensor:
     """Number of the decision taken last: [], the epoch's or counted from 1."""
-    if options.refresh == "epoch":
+    if rules.refresh == 0:
         return state.scalar("epoch")
     counted = state.scalar("step") - state.scalar("skipped_steps")
-    return (counted / options.refresh).floor()
+    return (counted / rules.refresh).floor()
 
 
-def chosen_scores(state: State, options: Options, decision: Tensor) -> Tensor:
+def chosen_scores(state: State, rules: Rules, decision: Tensor) -> Tensor:
     """What the decision of that number goes by: fp64 [layers]; NaN where there is no score yet."""
-    if options.measure == "random":
-        drawn = draws(state.layers.shape[0], options.seed or 0, decision)
+    if rules.measure == "random":
+        drawn = draws(state.layers.shape[0], rules.seed, decision)
         return torch.where(state.column("steps") >= 1, drawn, torch.nan)
-    return scores(state.layers, options.measure)
+    return scores(state.layers, rules.measure)
 
 
-def threshold(values: Tensor, options: Options) -> Tensor:
+def threshold(values: Tensor, rules: Rules) -> Tensor:
     """tau over the scores that are not NaN: [layers] -> []; NaN if there are none."""
-    if not isinstance(options.threshold, str):
-        return torch.full_like(values.sum(), float(options.threshold))
+    if rules.threshold == "number":
+        return torch.full_like(values.sum(), rules.threshold_value)
     eligible = ~values.isnan()
     count = eligible.sum()
-    if options.threshold == "quantile":
+    if rules.threshold == "quantile":
         ordered = torch.where(eligible, values, torch.inf).sort().values
-        share = 0.5 if options.quantile is None else options.quantile
-        position = share * (count - 1).clamp(min=0).double()
+        position = rules.threshold_value * (count - 1).clamp(min=0).double()
         lower = position.floor().long()
         upper = torch.minimum(lower + 1, (count - 1).clamp(min=0))
         low, high = ordered.take(lower), ordered.take(upper)
         tau = low + (position - lower) * (high - low)
         return torch.where(count > 0, tau, torch.nan)
     mean = torch.where(eligible, values, 0.0).sum() / count
-    if options.threshold == "mean":
+    if rules.threshold == "mean":
         return mean
     spread = (torch.where(eligible, values - mean, 0.0).square().sum() / count).sqrt()
-    num_std = 1.0 if options.num_std is None else options.num_std
-    return mean - num_std * spread if options.select == "below" else mean + num_std * spread
+    distance = rules.threshold_value * spread
+    return mean - distance if rules.select == "below" else mean + distance
 
 
 @torch.no_grad()
-def decide(state: State, options: Options, decision: Tensor, *, due: Tensor | None = None) -> None:
+def decide(state: State, rules: Rules, decision: Tensor, *, due: Tensor | None = None) -> None:
     """Chooses anew which layers are amplified; with ``due`` (bool []), only where it is true."""
     if state.layers.shape[0] == 0:
         return
-    values = chosen_scores(state, options, decision)
+    values = chosen_scores(state, rules, decision)
     steps, selected = state.column("steps"), state.column("selected")
-    values = torch.where((steps >= options.min_steps) & values.isfinite(), values, torch.nan)
-    tau = threshold(values, options)
-    chosen = (values < tau if options.select == "below" else values > tau).double()
+    values = torch.where((steps >= rules.min_steps) & values.isfinite(), values, torch.nan)
+    tau = threshold(values, rules)
+    chosen = (values < tau if rules.select == "below" else values > tau).double()
     if due is not None:
         chosen = torch.where(due, chosen, selected)
         tau = torch.where(due, tau, state.scalar("threshold"))
@@ -278,29 +277,29 @@ def decide(state: State, options: Options, decision: Tensor, *, due: Tensor | No
 # ---- schedule -----------------------------------------------------------------------
 
 
-def active_factor(state: State, options: Options) -> Tensor:
+def active_factor(state: State, rules: Rules) -> Tensor:
     """What selected layers are multiplied by now: fp64 [], 1 outside all windows.
 
     Where factors compound, as with ``placement="backward"``, no closer to 0 or infinity than
     lets the product over all selected layers stay within ``max_amplification``.
     """
-    factor = _scheduled_factor(state, options)
-    if options.placement == "gradient":
+    factor = _scheduled_factor(state, rules)
+    if rules.max_amplification == math.inf:
         return factor
     selected = state.column("selected").sum().clamp(min=1)
-    largest = (options.max_amplification or 16.0) ** (1 / selected)
+    largest = rules.max_amplification ** (1 / selected)
     return torch.minimum(torch.maximum(factor, 1 / largest), largest)
 
 
-def _scheduled_factor(state: State, options: Options) -> Tensor:
+def _scheduled_factor(state: State, rules: Rules) -> Tensor:
     factor = state.scalar("factor")
-    if options.schedule is None:
+    if rules.schedule == "always":
         return factor
-    now = step_number(state) if options.schedule.unit == "step" else state.scalar("epoch")
+    now = step_number(state) if rules.schedule == "step" else state.scalar("epoch")
     active = torch.ones_like(factor)
-    for start, stop, own in options.schedule.windows:
+    for start, stop, own in rules.windows:
         inside = (now >= start) & (now < stop)
-        active = torch.where(inside, factor if own is None else own, active)
+        active = torch.where(inside, factor if math.isnan(own) else own, active)
     return active
 
 
@@ -315,7 +314,7 @@ def step_number(state: State) -> Tensor:
 @torch.no_grad()
 def commit(
     state: State,
-    options: Options,
+    rules: Rules,
     sums: Sums,
     measured: Sequence[int],
     factor: Tensor,
@@ -328,20 +327,18 @@ def commit(
     """
     counted = sums.finite() & ~halted
     present = counted & (sums.numel > 0)
-    decay = 1.0 if options.decay is None else options.decay
     amplified = present & (state.column("selected") != 0) & (factor != 1)
-    lagged = options.timing == "lagged"
-    updated = _updated(state.layers, sums, amplified if lagged else 0, decay)
+    updated = _updated(state.layers, sums, 0 if rules.exact else amplified, rules.decay)
     state.layers.copy_(torch.where(present[:, None], updated, state.layers))
     if measured:
         indices = _constant(tuple(map(float, measured)), torch.int64, state.device)
         row = state.parity[indices]
         state.parity[indices] = torch.where(counted, 1 - row, row)
-    if options.refresh != "epoch":
+    if rules.refresh:
         number = state.scalar("step") - state.scalar("skipped_steps") + 1
-        due = counted & (number % options.refresh == 0)
-        decide(state, options, (number / options.refresh).floor(), due=due)
-    if not lagged:
+        due = counted & (number % rules.refresh == 0)
+        decide(state, rules, (number / rules.refresh).floor(), due=due)
+    if rules.exact:
         amplified = present & (state.column("selected") != 0) & (factor != 1)
         state.column("amplified_steps").add_(amplified)
     state.scalar("step").add_(1)
@@ -356,7 +353,7 @@ def commit(
 def step(
     plan: Plan,
     state: State,
-    options: Options,
+    rules: Rules,
     gradients: Sequence[Tensor | None],
     *,
     grad_scale: Tensor | None = None,
@@ -373,22 +370,20 @@ def step(
     """
     inverse = inverse_scale(state, grad_scale)
     halted = is_marked(state, found_inf)
-    factor = active_factor(state, options).clone()
+    factor = active_factor(state, rules).clone()
     standing = state.column("selected").clone()
     if statistics is not None:
         sums, excluded = statistics(inverse, halted)
     else:
-        sums = measure(plan, state, options, gradients, inverse)
+        sums = measure(plan, state, rules, gradients, inverse)
         excluded = torch.zeros_like(inverse)
-        if options.needs_norm():
+        if rules.needs_norm:
             excluded = excluded_squares(plan, gradients, inverse)
-    counted = commit(state, options, sums, touched(plan, gradients), factor, halted)
-    selected = standing if options.timing == "lagged" else state.column("selected")
+    counted = commit(state, rules, sums, touched(plan, gradients), factor, halted)
+    selected = state.column("selected") if rules.exact else standing
     coefficient = inverse if unscale else torch.ones_like(inverse)
-    if options.needs_norm():
-        coefficient = coefficient * rescale(
-            state, options, sums, selected, factor, excluded, counted
-        )
+    if rules.needs_norm:
+        coefficient = coefficient * rescale(state, rules, sums, selected, factor, excluded, counted)
     multiply(plan, gradients, selected, factor, coefficient, counted)
     mark(found_inf, counted)
 
@@ -437,7 +432,7 @@ def excluded_squares(
 
 def rescale(
     state: State,
-    options: Options,
+    rules: Rules,
     sums: Sums,
     selected: Tensor,
     factor: Tensor,
@@ -452,13 +447,12 @@ def rescale(
     multipliers = torch.where(selected != 0, factor, 1.0)
     before = squares.sum() + excluded
     after = (multipliers.square() * squares).sum() + excluded
-    norm = (before if options.match_norm else after).sqrt()
+    norm = (before if rules.match_norm else after).sqrt()
     total_norm = state.scalar("total_norm")
     total_norm.copy_(torch.where(counted, norm, total_norm))
-    if options.match_norm:
+    if rules.match_norm:
         return torch.where(after > 0, (before / after).sqrt(), 1.0)
-    assert options.max_norm is not None
-    return (options.max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return (rules.max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from . import export, reference, table
-from .options import Measure, Options, Select
+from .options import Measure, Rules, Select
 from .plan import Plan
 from .state import FIELDS, GLOBALS, State
 
@@ -91,34 +91,34 @@ class Snapshot:
     layers: tuple[str, ...]
     layer_numel: tuple[int, ...]
     state: State
-    options: Options
+    rules: Rules
 
 
-def take_snapshot(plan: Plan, state: State, options: Options) -> Snapshot:
+def take_snapshot(plan: Plan, state: State, rules: Rules) -> Snapshot:
     """One device-to-host copy."""
-    return Snapshot(plan.layers, plan.layer_numel, state.on_host(), options)
+    return Snapshot(plan.layers, plan.layer_numel, state.on_host(), rules)
 
 
 def make_report(snapshot: Snapshot) -> Report:
     """Host arithmetic alone."""
-    state, options = snapshot.state, snapshot.options
+    state, rules = snapshot.state, snapshot.rules
     values = dict(zip(GLOBALS, state.values[: len(GLOBALS)].tolist(), strict=True))
     step = int(values["step"] + values["unmeasured_steps"])
     skipped = int(values["skipped_steps"] + values["unmeasured_skipped"])
-    apart = (options.measure_every or 10) if options.placement == "backward" else 1
     fluctuation, direction, score = (
         values.tolist()
         for values in (
             reference.scores(state.layers, "fluctuation"),
             reference.scores(state.layers, "direction"),
-            reference.chosen_scores(state, options, reference.last_decision(state, options)),
+            reference.chosen_scores(state, rules, reference.last_decision(state, rules)),
         )
     )
-    factor = float(reference.active_factor(state, options))
+    factor = float(reference.active_factor(state, rules))
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
         row = dict(zip(FIELDS, state.layers[index].tolist(), strict=True))
-        selected, changed_at = row["selected"] != 0, min(int(row["changed_at"]) * apart, step)
+        selected = row["selected"] != 0
+        changed_at = min(int(row["changed_at"]) * rules.measure_every, step)
         temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
         layers.append(
             LayerReport(
@@ -146,6 +146,6 @@ def make_report(snapshot: Snapshot) -> Report:
         steps=step,
         skipped_steps=skipped,
         epoch=int(values["epoch"]) if values["epoch"] >= 0 else None,
-        measure=options.measure,
-        select=options.select,
+        measure=rules.measure,
+        select=rules.select,
     )

@@ -533,7 +533,7 @@ def test_sharded_gradients_are_refused() -> None:
     amplifier = Amplifier(chain(), **ALL)
     sharded: Any = SimpleNamespace(sharded=True)
     with pytest.raises(ValueError, match="sharded"):
-        BackwardSteps(TorchBackend, sharded, amplifier._state, amplifier.options, None)
+        BackwardSteps(TorchBackend, sharded, amplifier._state, amplifier._rules, None)
 
 
 def test_an_attached_optimizer() -> None:

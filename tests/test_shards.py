@@ -65,7 +65,7 @@ def check_parts(make: Callable[..., Any], numel: int, starts: tuple[int, ...], d
         state.sketch[1, : slot.buckets] = before[seen : seen + slot.buckets]
         values = state.values.clone()
         sums = torch.full((2, 7), torch.nan, dtype=torch.float64)
-        make(plan, state, Options()).measure([gradient], None, None, True, sums)
+        make(plan, state, Options().rules()).measure([gradient], None, None, True, sums)
         total += additive(sums[:1])
         assert same_bits(gradient, whole[here].clone().mul_(2.0))
         assert torch.equal(state.values.nan_to_num(), values.nan_to_num())
@@ -105,7 +105,9 @@ def check_left_alone(make: Callable[..., Any]) -> None:
         gradient, sums = torch.ones(4904), torch.zeros((2, 7), dtype=torch.float64)
         scale, found_inf = torch.tensor([4.0]), torch.tensor([marked])
         before = [t.clone() for t in (state.values, state.parity)]
-        make(plan, state, Options(**options)).measure([gradient], scale, found_inf, True, sums)
+        make(plan, state, Options(**options).rules()).measure(
+            [gradient], scale, found_inf, True, sums
+        )
         assert (gradient == 1).all()
         assert found_inf == marked
         assert torch.equal(before[0].nan_to_num(), state.values.nan_to_num())

@@ -278,8 +278,8 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         for state in (expected, actual):
             state.layers.copy_(rows)
             state.scalar("step").fill_(17.0)
-        reference.decide(expected, options, torch.tensor(5.0))
-        numbers = torch.tensor(configuration(options), dtype=torch.float64)
+        reference.decide(expected, options.rules(), torch.tensor(5.0))
+        numbers = torch.tensor(configuration(options.rules()), dtype=torch.float64)
         decide_kernel[(1,)](
             actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers, 5
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import one_of
 from ..gradients import Outcome
-from ..options import BackendName, Options
+from ..options import BackendName, Rules
 from ..plan import Plan
 from ..state import State
 from .cpu import CpuBackend
@@ -42,7 +42,7 @@ class Backend(Stepping, Protocol):
 
     name: ClassVar[str]
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None: ...
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:
@@ -66,7 +66,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 def choose(
     name: str, device: torch.device, sharded: bool = False
-) -> Callable[[Plan, State, Options], Stepping]:
+) -> Callable[[Plan, State, Rules], Stepping]:
     """The backend asked for, or for "auto" the first that can serve the device.
 
     ``sharded``: gradients are spread over processes. ``GRADAMP_BACKEND`` in the environment

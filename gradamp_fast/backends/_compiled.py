@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, get_args
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .. import _extension
 from ..gradients import GradientReader, Outcome
-from ..options import Measure, Options, Select, ThresholdRule
+from ..options import Measure, Rules, ScheduleKind, Select, ThresholdKind
 from ..plan import Plan
 from ..state import State
 
@@ -20,7 +19,7 @@ class CompiledBackend:
 
     name: ClassVar[str]
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None:
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         extension = _extension.load()
         assert extension is not None, _extension.reason()
         self.reader = GradientReader(plan, state.device)
@@ -31,7 +30,7 @@ class CompiledBackend:
                 (s.layer, s.numel, s.bucket_log2, s.first_bucket, s.first_word) for s in plan.slots
             ],
             num_layers=len(plan.layers),
-            options=for_kernel(options),
+            options=for_kernel(rules),
             values=state.values,
             sketch=state.sketch,
             parity=state.parity,
@@ -67,31 +66,20 @@ class CompiledBackend:
         self.compiled.step_gradients(gradients, grad_scale, found_inf, unscale, sums)
 
 
-def for_kernel(options: Options) -> dict[str, Any]:
-    """Options as numbers, with the values of the enumerations in csrc/state.h."""
-    rules = get_args(ThresholdRule)
-    rule = options.threshold
-    values = {
-        "mean": 0.0,
-        "std": 1.0 if options.num_std is None else options.num_std,
-        "quantile": 0.5 if options.quantile is None else options.quantile,
-    }
-    schedule = options.schedule
+def for_kernel(rules: Rules) -> dict[str, Any]:
+    """Rules as numbers, with the values of the enumerations in csrc/state.h."""
     return {
-        "measure": get_args(Measure).index(options.measure),
-        "threshold": rules.index(rule) if isinstance(rule, str) else len(rules),
-        "threshold_value": values[rule] if isinstance(rule, str) else float(rule),
-        "select": get_args(Select).index(options.select),
-        "exact": options.timing == "exact",
-        "match_norm": options.match_norm,
-        "max_norm": options.max_norm or 0.0,
-        "decay": 1.0 if options.decay is None else options.decay,
-        "min_steps": float(options.min_steps),
-        "refresh": 0.0 if options.refresh == "epoch" else float(options.refresh),
-        "seed": options.seed or 0,
-        "schedule_unit": 0 if schedule is None else 1 if schedule.unit == "epoch" else 2,
-        "windows": [
-            (float(start), float(stop), math.nan if factor is None else float(factor))
-            for start, stop, factor in (schedule.windows if schedule else ())
-        ],
+        "measure": get_args(Measure).index(rules.measure),
+        "threshold": get_args(ThresholdKind).index(rules.threshold),
+        "threshold_value": rules.threshold_value,
+        "select": get_args(Select).index(rules.select),
+        "exact": rules.exact,
+        "match_norm": rules.match_norm,
+        "max_norm": rules.max_norm,
+        "decay": rules.decay,
+        "min_steps": float(rules.min_steps),
+        "refresh": float(rules.refresh),
+        "seed": rules.seed,
+        "schedule_unit": get_args(ScheduleKind).index(rules.schedule),
+        "windows": list(rules.windows),
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..gradients import GradientReader, Outcome
-from ..options import Options
+from ..options import Rules
 from ..plan import Plan
 from ..reference import Sums
 from ..shards import group_of
@@ -26,7 +26,7 @@ _RESOLUTION = 1e-13
 class Measuring(Protocol):
     """What a backend has that can serve here, beside what every ``Backend`` has."""
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None: ...
 
     def measure(
         self,
@@ -39,7 +39,7 @@ class Measuring(Protocol):
         """A step up to its sums; nothing is committed.
 
         Flat gradients, one or None for each slot, are multiplied by what stood before the step
-        if ``Options.one_pass()``, and unless ``found_inf`` is set. Each tensor's new running
+        if not ``Rules.two_phases``, and unless ``found_inf`` is set. Each tensor's new running
         means go to the row of the sketch that is not in use. ``sums``, fp64 [layers + 1, 7], gets
         ``reference.Sums`` of each layer; its last row may hold anything.
         """
@@ -56,10 +56,8 @@ class ShardedBackend:
     is known to all. Where nothing waits for the sums the all-reduce runs on until ``settle``.
     """
 
-    def __init__(
-        self, measuring: type[Measuring], plan: Plan, state: State, options: Options
-    ) -> None:
-        self.plan, self.state, self.options = plan, state, options
+    def __init__(self, measuring: type[Measuring], plan: Plan, state: State, rules: Rules) -> None:
+        self.plan, self.state, self.rules = plan, state, rules
         self.reader = GradientReader(plan, state.device)
         self.group = group_of(slot.shard for slot in plan.slots if slot.shard is not None)
         self.copies = [
@@ -79,7 +77,7 @@ class ShardedBackend:
         self.seen = copy.copy(state)
         self.seen.values = state.values.new_zeros(len(GLOBALS) + len(FIELDS) * len(layers))
         self.sums = state.values.new_zeros((len(layers) + 1, len(Sums._fields)))
-        self.measuring = measuring(parts, self.seen, options)
+        self.measuring = measuring(parts, self.seen, rules)
         self._pending: Callable[[], Tensor] | None = None
 
     def step(
@@ -94,20 +92,20 @@ class ShardedBackend:
         if isinstance(gradients, Outcome):
             return gradients
         self.settle()
-        state, options = self.state, self.options
-        factor = reference.active_factor(state, options).clone()
+        state, rules = self.state, self.rules
+        factor = reference.active_factor(state, rules).clone()
 
         def start(inverse: Tensor, halted: Tensor) -> Callable[[], tuple[Sums, Tensor]]:
             self._measure(gradients, grad_scale, found_inf, unscale)
             return self._add_up(gradients, inverse, halted)
 
-        if options.one_pass():
+        if not rules.two_phases:
             halted = reference.is_marked(state, found_inf)
             added_up = start(reference.inverse_scale(state, grad_scale), halted)
             measured = reference.touched(self.plan, gradients)
 
             def commit() -> Tensor:
-                return reference.commit(state, options, added_up()[0], measured, factor, halted)
+                return reference.commit(state, rules, added_up()[0], measured, factor, halted)
 
             self._pending = commit
             if found_inf is not None:
@@ -117,7 +115,7 @@ class ShardedBackend:
             reference.step(
                 self.plan,
                 state,
-                options,
+                rules,
                 gradients,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
@@ -169,7 +167,7 @@ class ShardedBackend:
         rows = additive(self.sums[:-1]) / self.part_copies
         last = torch.zeros_like(rows[:1])
         table = torch.cat((rows, last))[self.members].sum(dim=1)
-        if self.options.needs_norm():
+        if self.rules.needs_norm:
             excluded = reference.excluded_squares(self.plan, gradients, inverse, self.copies)
             last[:, Sums._fields.index("m2")] = excluded
         table = torch.cat((table, last)).masked_fill_(halted, torch.nan)

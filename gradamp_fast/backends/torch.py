@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..gradients import GradientReader, Outcome
-from ..options import Options
+from ..options import Rules
 from ..plan import Plan
 from ..state import State
 
@@ -20,8 +20,8 @@ class TorchBackend:
 
     name: ClassVar[str] = "torch"
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None:
-        self.plan, self.state, self.options = plan, state, options
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
+        self.plan, self.state, self.rules = plan, state, rules
         self.reader = GradientReader(plan, state.device)
 
     def step(
@@ -38,7 +38,7 @@ class TorchBackend:
         reference.step(
             self.plan,
             self.state,
-            self.options,
+            self.rules,
             gradients,
             grad_scale=grad_scale,
             found_inf=found_inf,
@@ -55,16 +55,16 @@ class TorchBackend:
         unscale: bool,
         sums: Tensor,
     ) -> None:
-        state, options = self.state, self.options
+        state, rules = self.state, self.rules
         inverse = reference.inverse_scale(state, grad_scale)
-        measured = reference.measure(self.plan, state, options, gradients, inverse)
+        measured = reference.measure(self.plan, state, rules, gradients, inverse)
         sums[:-1] = torch.stack(measured, dim=1)
-        if options.one_pass():
+        if not rules.two_phases:
             reference.multiply(
                 self.plan,
                 gradients,
                 state.column("selected"),
-                reference.active_factor(state, options),
+                reference.active_factor(state, rules),
                 inverse if unscale else torch.ones_like(inverse),
                 ~reference.is_marked(state, found_inf),
             )

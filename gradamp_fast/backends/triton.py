@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..gradients import Outcome
-from ..options import Options
+from ..options import Rules
 from ..plan import Plan
 from ..state import State
 from ._compiled import for_kernel
@@ -25,7 +25,7 @@ class TritonBackend:
 
     name: ClassVar[str] = "triton"
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None:
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         from .triton_kernels.addresses import AddressTable, GradientAddresses
         from .triton_kernels.host import Launcher, Tables
 
@@ -38,7 +38,7 @@ class TritonBackend:
             )
         with torch.cuda.device(self.device if self.on_gpu else -1):
             tables = Tables(plan, self.device)
-            numbers = torch.tensor(configuration(options), dtype=torch.float64)
+            numbers = torch.tensor(configuration(rules), dtype=torch.float64)
             self.addresses = GradientAddresses(plan, self.device)
             self.table = AddressTable(len(plan.slots), self.device)
             self.launcher = Launcher(
@@ -52,7 +52,7 @@ class TritonBackend:
                     *(tables.measured_tiles, tables.tiles),
                 ),
                 self.device,
-                not options.one_pass(),
+                rules.two_phases,
             )
             self.launcher.load(self.addresses.dtypes)
             if self.on_gpu:
@@ -115,9 +115,9 @@ class TritonBackend:
         return _interpreter_problem() if interpreted else _compiler_problem()
 
 
-def configuration(options: Options) -> list[float]:
-    """The options as numbers, in the order of the constants in triton_kernels/layers.py."""
-    given = for_kernel(options)
+def configuration(rules: Rules) -> list[float]:
+    """The rules as numbers, in the order of the constants in triton_kernels/layers.py."""
+    given = for_kernel(rules)
     windows = given["windows"]
     return [
         *(

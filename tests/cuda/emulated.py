@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradamp_fast.backends._compiled import for_kernel
 from gradamp_fast.gradients import GradientReader, Outcome
-from gradamp_fast.options import Options
+from gradamp_fast.options import Rules
 from gradamp_fast.plan import Plan
 from gradamp_fast.state import State
 
@@ -78,10 +78,10 @@ class EmulatedBackend:
     seed: ClassVar[int] = 0
     launches: ClassVar[int] = 0  # of the last step
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None:
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         self.reader = GradientReader(plan, state.device)
         self.state = state
-        numbers: dict[str, Any] = for_kernel(options)
+        numbers: dict[str, Any] = for_kernel(rules)
         values = [float(numbers[name]) for name in ORDER] + [float(len(numbers["windows"]))]
         windows = [number for window in numbers["windows"] for number in window]
         count = len(plan.slots)
