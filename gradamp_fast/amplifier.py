@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 from . import backends, checkpoint, dispatch, reference
 from .attach import Attachment, Part, attachments, innermost
-from .backends.sharded import ShardedBackend
+from .call import Call, Outcome
 from .export import ScalarWriter, log_scalars
-from .gradients import Outcome, is_finite, state_device
+from .gradients import nonfinite_layers, state_device
 from .history import History
 from .layers import find_layers, unwrap
 from .options import Options, check_factor
@@ -85,37 +85,32 @@ class Amplifier:
         twice. Raises RuntimeError if options count epochs and ``set_epoch`` was never called,
         TypeError or ValueError, naming the parameter, for gradients that cannot be amplified.
         """
-        self._step(grad_scale, found_inf, unscale, None)
+        self._step(Call(grad_scale, found_inf, unscale), None)
 
-    def _step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        mask: Mask | None,
-    ) -> None:
+    def _step(self, call: Call, mask: Mask | None) -> None:
         if torch.compiler.is_compiling():
             only = None if mask is None else mask(self._plan)
-            dispatch.traced_step(self, grad_scale, found_inf, unscale, only)
+            dispatch.traced_step(self, call._replace(only=only))
             return
         if self._needs_epoch:
             raise RuntimeError(
                 'schedule unit "epoch" and refresh="epoch" need set_epoch(epoch) to be called '
                 "before the first step; fused_amplify cannot wait for that, an Amplifier can"
             )
-        if grad_scale is not None or found_inf is not None:
-            self._check_scalar("grad_scale", grad_scale)
-            self._check_scalar("found_inf", found_inf)
+        if call.grad_scale is not None or call.found_inf is not None:
+            self._check_scalar("grad_scale", call.grad_scale)
+            self._check_scalar("found_inf", call.found_inf)
         backend = self._backend or self._ready()
+        if mask is not None:
+            call = call._replace(only=mask(self._plan))
         if self.options.error_if_nonfinite:
-            self._raise_if_nonfinite(found_inf, mask)
-        only = None if mask is None else mask(self._plan)
-        outcome = backend.step(grad_scale, found_inf, unscale, only, False)
+            self._raise_if_nonfinite(backend, call)
+        outcome = backend.step(call)
         if outcome is Outcome.DONE or (outcome is Outcome.EMPTY and self._warned_empty):
             return
         self._rebind(warn=True)
         only = None if mask is None else mask(self._plan)
-        outcome = self._ready().step(grad_scale, found_inf, unscale, only, True)
+        outcome = self._ready().step(call._replace(only=only, walked=True))
         unasked = only is not None and 1 not in only  # all of an optimizer's are frozen
         if outcome is Outcome.EMPTY and not unasked and not self._warned_empty:
             self._warned_empty = True
@@ -154,17 +149,10 @@ class Amplifier:
                 f"{name} is on {value.device}, the gradients are on {self._state.device}"
             )
 
-    def _raise_if_nonfinite(self, found_inf: Tensor | None, mask: Mask | None) -> None:
-        if found_inf is not None and found_inf.item() != 0:
+    def _raise_if_nonfinite(self, backend: backends.Stepping, call: Call) -> None:
+        if call.found_inf is not None and call.found_inf.item() != 0:
             return
-        only = None if mask is None else mask(self._plan)
-        layers = [
-            slot.layer
-            for index, slot in enumerate(self._plan.slots[: self._plan.measured])
-            if (only is None or only[index]) and not is_finite(slot)
-        ]
-        if isinstance(self._backend, ShardedBackend):
-            layers = self._backend.found_anywhere(layers)
+        layers = backend.found_anywhere(nonfinite_layers(self._plan, call.only))
         if layers:
             names = dict.fromkeys(self._plan.layers[layer] for layer in layers)
             raise RuntimeError(
@@ -175,7 +163,7 @@ class Amplifier:
     @property
     def _state(self) -> State:
         """The state, once the last step on sharded gradients has been added up."""
-        if isinstance(self._backend, ShardedBackend):
+        if self._backend is not None:
             self._backend.settle()
         return self._held_state
 
@@ -300,9 +288,7 @@ class Amplifier:
     def _follow(self) -> None:
         """Backpropagation, if that is what amplifies, goes by the state as it stands."""
         if self._rules.backward and self._owned:
-            backend = self._ready()
-            assert isinstance(backend, BackwardSteps)
-            backend.refresh()
+            self._ready().follow()
 
     def attach(self, optimizer: Optimizer) -> Attachment:
         """Steps by itself before every ``optimizer.step()``, for the optimizer's parameters.
@@ -333,8 +319,8 @@ class Amplifier:
         is for other options.
         """
         self._state.reset()
-        if isinstance(self._backend, BackwardSteps):
-            self._backend.resume()
+        if self._backend is not None:
+            self._backend.follow(restored=True)
         self._history.clear()
         self._epoch = -1
         self._needs_epoch = self._rules.needs_epochs
@@ -399,9 +385,7 @@ class Amplifier:
         self._epoch = checkpoint.load(state_dict, self._plan, self._state, self.options)
         self._needs_epoch = self._rules.needs_epochs and self._epoch < 0
         if self._rules.backward:
-            backend = self._ready()
-            assert isinstance(backend, BackwardSteps)
-            backend.resume()
+            self._ready().follow(restored=True)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from .call import Call
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -158,9 +159,9 @@ class Attachment(Part):
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)
             found_inf = getattr(optimizer, "found_inf", None)
-            self.amplifier._step(scale, found_inf, False, self.only)
+            self.amplifier._step(Call(scale, found_inf, unscale=False), self.only)
         else:
-            self.amplifier._step(None, None, True, self.only)
+            self.amplifier._step(Call(), self.only)
 
 
 def attachments(amplifier: Amplifier) -> list[Attachment]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .call import Call
+
 if TYPE_CHECKING:
     from .amplifier import Amplifier
 
@@ -23,14 +25,9 @@ def register(amplifier: Amplifier) -> int:
     return handle
 
 
-def traced_step(
-    amplifier: Amplifier,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    unscale: bool,
-    only: bytes | None,
-) -> None:
-    """The call that stands in the graph; ``only`` as the backends take it."""
+def traced_step(amplifier: Amplifier, call: Call) -> None:
+    """The call that stands in the graph."""
+    only = call.only
     if amplifier._plan.sharded:
         raise RuntimeError(
             "a step over DTensor gradients waits for other processes and cannot be compiled: call "
@@ -46,7 +43,7 @@ def traced_step(
             gradients.append(gradient)
     step(
         amplifier._handle, present, left_out, gradients, state.values, state.sketch, state.parity,
-        grad_scale, found_inf, unscale,
+        call.grad_scale, call.found_inf, call.unscale,
     )  # fmt: skip
 
 
@@ -88,7 +85,8 @@ def step(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         amplifier._step(
-            grad_scale, found_inf, unscale, lambda plan: mask if plan.slots is slots else None
+            Call(grad_scale, found_inf, unscale),
+            lambda plan: mask if plan.slots is slots else None,
         )
     finally:
         for parameter, own_gradient in zip(parameters, before, strict=True):

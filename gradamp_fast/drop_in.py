@@ -61,7 +61,7 @@ def fused_amplify(
     if optimizer is not None and optimizer not in _WARNED:
         _WARNED.add(optimizer)
         warn_if_scale_invariant(innermost(optimizer))
-    amplifier._step(grad_scale, found_inf, unscale, None)
+    amplifier.step(grad_scale, found_inf, unscale)
     if kept is None:  # only now: a first call that failed binds nobody to its options
         _KEPT[model] = amplifier, options
     return amplifier

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .amplifier import Amplifier
 from .attach import Part, after_backward, attachments, warn_if_scale_invariant
+from .call import Call
 from .plan import Plan
 
 
@@ -67,7 +68,7 @@ class GradScaler(torch.amp.GradScaler):
         return super().step(optimizer, *args, **kwargs)
 
     def _amplify(self, optimizer: Optimizer) -> None:
-        self.amplifier._step(None, None, True, self._part(optimizer).only)
+        self.amplifier._step(Call(), self._part(optimizer).only)
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -110,7 +111,7 @@ class GradScaler(torch.amp.GradScaler):
 
         assert self._scale is not None
         scale = self._scale.to(device, non_blocking=True)
-        amplifier._step(scale, total, not allow_fp16, only)
+        amplifier._step(Call(scale, total, unscale=not allow_fp16), only)
         return {**found, device: total}
 
     def _part(self, optimizer: Optimizer) -> _Part:

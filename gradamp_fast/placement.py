@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import reference
 from .backends import Stepping
-from .gradients import Outcome
+from .call import Call, Outcome
 from .options import Rules
 from .plan import Plan
 from .state import GLOBALS, State
@@ -36,7 +36,7 @@ _UNMEASURED = slice(GLOBALS.index("unmeasured_steps"), GLOBALS.index("unmeasured
 _COUNTERS = slice(GLOBALS.index("step"), GLOBALS.index("skipped_steps") + 1)
 
 
-class BackwardSteps:
+class BackwardSteps(Stepping):
     """Steps of one plan: a backend that measures, one that passes by, and hooks on the model.
 
     Attributes:
@@ -64,16 +64,13 @@ class BackwardSteps:
         }
         handles = [] if model is None else _hook(model, plan, self)
         weakref.finalize(self, _remove, handles)
-        self.resume()
-
-    def resume(self) -> None:
-        """Goes on from a state that has just been written; waits for the device."""
-        self._calls = int(reference.step_number(self._state))
-        self.refresh()
+        self.follow(restored=True)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """The multipliers for the coming backpropagation, from the state as it stands."""
+    def follow(self, restored: bool = False) -> None:
+        """Sets the multipliers for the coming backpropagation."""
+        if restored:
+            self._calls = int(reference.step_number(self._state))
         factor = torch.ones_like(self._state.scalar("factor"))
         if self._calls % self._rules.measure_every:
             factor = reference.active_factor(self._state, self._rules)
@@ -81,15 +78,8 @@ class BackwardSteps:
         for multipliers in self.multipliers.values():
             multipliers.copy_(torch.where(selected, factor, 1.0))
 
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        if only is not None:
+    def step(self, call: Call) -> Outcome:
+        if call.only is not None:
             raise ValueError(
                 'placement="backward" needs one optimizer that holds all trainable parameters: '
                 "its steps are those of the whole model"
@@ -100,22 +90,20 @@ class BackwardSteps:
                 "measures: capture forward and backward, and step outside of the graph"
             )
         if self._calls % self._rules.measure_every == 0:
-            outcome = self._measuring.step(grad_scale, found_inf, unscale, None, walked)
+            outcome = self._measuring.step(call)
         else:
-            outcome = self._pass(grad_scale, found_inf, unscale, walked)
+            outcome = self._pass(call)
         if outcome is Outcome.DONE:
             self._calls += 1
-            self.refresh()
+            self.follow()
         return outcome
 
     @torch.no_grad()
-    def _pass(
-        self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale: bool, walked: bool
-    ) -> Outcome:
+    def _pass(self, call: Call) -> Outcome:
         """Unscales, clips and looks for NaN as any step does, on a state that nobody reads."""
         aside, counters = self._aside, self._state.values[_UNMEASURED]
         aside.values[_COUNTERS] = counters
-        outcome = self._passing.step(grad_scale, found_inf, unscale, None, walked)
+        outcome = self._passing.step(call)
         if outcome is Outcome.DONE:
             counted = aside.scalar("skipped_steps") == counters[1]
             amplified = counted & (self.multipliers[torch.float64] != 1)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .call import Call
 from .options import Rules
 from .plan import Plan
 from .state import FIELDS, State
@@ -313,19 +314,15 @@ def step_number(state: State) -> Tensor:
 
 @torch.no_grad()
 def commit(
-    state: State,
-    rules: Rules,
-    sums: Sums,
-    measured: Sequence[int],
-    factor: Tensor,
-    halted: Tensor,
+    state: State, rules: Rules, sums: Sums, measured: Sequence[int], before: Standing
 ) -> Tensor:
     """Folds one step's sums into the state and decides; whether the step counts: bool [].
 
-    ``measured`` are the slots whose running means ``measure`` has written. ``factor`` is
-    ``active_factor`` at the step's beginning. A halted step does not count.
+    ``measured`` are the slots whose running means ``measure`` has written. A halted step does
+    not count.
     """
-    counted = sums.finite() & ~halted
+    factor = before.factor
+    counted = sums.finite() & ~before.halted
     present = counted & (sums.numel > 0)
     amplified = present & (state.column("selected") != 0) & (factor != 1)
     updated = _updated(state.layers, sums, 0 if rules.exact else amplified, rules.decay)
@@ -349,57 +346,70 @@ def commit(
 # ---- the step -----------------------------------------------------------------------
 
 
+class Standing(NamedTuple):
+    """What holds at a step's beginning."""
+
+    inverse: Tensor  # what gradients are multiplied by before they count: fp64 []
+    halted: Tensor  # whether the step is to be skipped: bool []
+    factor: Tensor  # what selected layers are multiplied by: fp64 []
+    selected: Tensor  # fp64 [layers], 0 or 1
+
+
+def standing(state: State, rules: Rules, call: Call) -> Standing:
+    """Copies, which the step does not change."""
+    one = torch.ones_like(state.scalar("factor"))
+    scale, found_inf = call.grad_scale, call.found_inf
+    return Standing(
+        one if scale is None else 1 / scale.double().reshape(()),
+        one == 0 if found_inf is None else found_inf.reshape(()) != 0,
+        active_factor(state, rules).clone(),
+        state.column("selected").clone(),
+    )
+
+
 @torch.no_grad()
 def step(
     plan: Plan,
     state: State,
     rules: Rules,
     gradients: Sequence[Tensor | None],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    unscale: bool = True,
-    statistics: Callable[[Tensor, Tensor], tuple[Sums, Tensor]] | None = None,
+    call: Call = Call(),  # noqa: B008  # it is immutable
 ) -> None:
     """Measure, update the state, decide, multiply.
 
-    ``gradients`` as ``measure`` takes them; they are multiplied in place. ``grad_scale`` and
-    ``found_inf`` are one-element fp32 tensors on the gradients' device; ``found_inf`` is set to 1
-    where a non-finite gradient is found. ``statistics`` takes the place of ``measure`` and
-    ``excluded_squares``; it is told the inverse scale and whether the step is halted.
+    ``gradients`` as ``measure`` takes them; they are multiplied in place.
     """
-    inverse = inverse_scale(state, grad_scale)
-    halted = is_marked(state, found_inf)
-    factor = active_factor(state, rules).clone()
-    standing = state.column("selected").clone()
-    if statistics is not None:
-        sums, excluded = statistics(inverse, halted)
-    else:
-        sums = measure(plan, state, rules, gradients, inverse)
-        excluded = torch.zeros_like(inverse)
-        if rules.needs_norm:
-            excluded = excluded_squares(plan, gradients, inverse)
-    counted = commit(state, rules, sums, touched(plan, gradients), factor, halted)
-    selected = state.column("selected") if rules.exact else standing
-    coefficient = inverse if unscale else torch.ones_like(inverse)
+    before = standing(state, rules, call)
+    sums = measure(plan, state, rules, gradients, before.inverse)
+    excluded = torch.zeros_like(before.inverse)
     if rules.needs_norm:
-        coefficient = coefficient * rescale(state, rules, sums, selected, factor, excluded, counted)
-    multiply(plan, gradients, selected, factor, coefficient, counted)
-    mark(found_inf, counted)
+        excluded = excluded_squares(plan, gradients, before.inverse)
+    finish(plan, state, rules, gradients, call, before, sums, excluded)
 
 
-def inverse_scale(state: State, grad_scale: Tensor | None) -> Tensor:
-    """What gradients are multiplied by before they count: fp64 []."""
-    if grad_scale is None:
-        return torch.ones_like(state.scalar("factor"))
-    return 1 / grad_scale.double().reshape(())
+def finish(
+    plan: Plan,
+    state: State,
+    rules: Rules,
+    gradients: Sequence[Tensor | None],
+    call: Call,
+    before: Standing,
+    sums: Sums,
+    excluded: Tensor,
+) -> None:
+    """The rest of a step, once its sums are known.
 
-
-def is_marked(state: State, found_inf: Tensor | None) -> Tensor:
-    """Whether ``found_inf`` asks for the step to be skipped: bool []."""
-    if found_inf is None:
-        return torch.zeros_like(state.scalar("factor"), dtype=torch.bool)
-    return found_inf.reshape(()) != 0
+    ``excluded``: sum of squares of what belongs to no layer, where the norm is needed.
+    """
+    counted = commit(state, rules, sums, touched(plan, gradients), before)
+    selected = state.column("selected") if rules.exact else before.selected
+    coefficient = before.inverse if call.unscale else torch.ones_like(before.inverse)
+    if rules.needs_norm:
+        coefficient = coefficient * rescale(
+            state, rules, sums, selected, before.factor, excluded, counted
+        )
+    multiply(plan, gradients, selected, before.factor, coefficient, counted)
+    mark(call.found_inf, counted)
 
 
 def mark(found_inf: Tensor | None, counted: Tensor) -> None:

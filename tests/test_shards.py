@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradamp_fast import Options, backends
 from gradamp_fast.backends.sharded import additive, not_additive
+from gradamp_fast.call import Call
 from gradamp_fast.layers import find_layers
 from gradamp_fast.plan import Plan
 from gradamp_fast.shards import Shard
@@ -65,7 +66,7 @@ def check_parts(make: Callable[..., Any], numel: int, starts: tuple[int, ...], d
         state.sketch[1, : slot.buckets] = before[seen : seen + slot.buckets]
         values = state.values.clone()
         sums = torch.full((2, 7), torch.nan, dtype=torch.float64)
-        make(plan, state, Options().rules()).measure([gradient], None, None, True, sums)
+        make(plan, state, Options().rules()).measure([gradient], Call(), sums)
         total += additive(sums[:1])
         assert same_bits(gradient, whole[here].clone().mul_(2.0))
         assert torch.equal(state.values.nan_to_num(), values.nan_to_num())
@@ -106,7 +107,7 @@ def check_left_alone(make: Callable[..., Any]) -> None:
         scale, found_inf = torch.tensor([4.0]), torch.tensor([marked])
         before = [t.clone() for t in (state.values, state.parity)]
         make(plan, state, Options(**options).rules()).measure(
-            [gradient], scale, found_inf, True, sums
+            [gradient], Call(scale, found_inf), sums
         )
         assert (gradient == 1).all()
         assert found_inf == marked

@@ -5,50 +5,22 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from .._checks import one_of
-from ..gradients import Outcome
 from ..options import BackendName, Rules
 from ..plan import Plan
 from ..state import State
 from .cpu import CpuBackend
 from .cuda import CudaBackend
-from .sharded import Measuring, ShardedBackend
+from .sharded import ShardedBackend
+from .stepping import Backend, Measuring, Stepping
 from .torch import TorchBackend
 from .triton import TritonBackend
 
-
-class Stepping(Protocol):
-    """Makes the steps of one plan on the device that holds its state."""
-
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        """One step; ``only`` has a byte for each slot, 0 for one that is left out."""
-        ...
-
-
-class Backend(Stepping, Protocol):
-    """One that may be asked for by name."""
-
-    name: ClassVar[str]
-
-    def __init__(self, plan: Plan, state: State, rules: Rules) -> None: ...
-
-    @staticmethod
-    def unavailable(device: torch.device) -> str | None:
-        """Why the backend cannot serve the device, with the fix; None if it can."""
-        ...
-
+__all__ = ["NAMES", "Backend", "Measuring", "Stepping", "choose", "unavailable"]
 
 _BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (CudaBackend, TritonBackend, CpuBackend, TorchBackend)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
 from .. import _extension
-from ..gradients import GradientReader, Outcome
+from ..call import Call, Outcome
+from ..gradients import GradientReader
 from ..options import Measure, Rules, ScheduleKind, Select, ThresholdKind
 from ..plan import Plan
 from ..state import State
+from .stepping import Measuring
 
 
-class CompiledBackend:
+class CompiledBackend(Measuring):
     """Hands the parameters to the extension, which reads their gradients itself."""
-
-    name: ClassVar[str]
 
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         extension = _extension.load()
@@ -36,34 +36,25 @@ class CompiledBackend:
             parity=state.parity,
         )
 
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        outcome = self.compiled.step(grad_scale, found_inf, unscale, only, walked)
+    def step(self, call: Call) -> Outcome:
+        outcome = self.compiled.step(*call)  # in the order of its fields
         if outcome <= Outcome.REBIND:
             return Outcome(outcome)
         # Something is unusual: look closer, and raise, rebind, or go on with what was copied.
-        gradients = self.reader.read(only, walked)
+        gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
-        self.compiled.step_gradients(gradients, grad_scale, found_inf, unscale, None)
+        self._step_gradients(gradients, call, None)
         self.reader.write_back()
         return Outcome.DONE
 
-    def measure(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        sums: Tensor,
+    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
+        self._step_gradients(gradients, call, sums)
+
+    def _step_gradients(
+        self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None
     ) -> None:
-        self.compiled.step_gradients(gradients, grad_scale, found_inf, unscale, sums)
+        self.compiled.step_gradients(gradients, call.grad_scale, call.found_inf, call.unscale, sums)
 
 
 def for_kernel(rules: Rules) -> dict[str, Any]:

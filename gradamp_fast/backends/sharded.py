@@ -5,48 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
-from ..gradients import GradientReader, Outcome
+from ..call import Call, Outcome
+from ..gradients import GradientReader
 from ..options import Rules
 from ..plan import Plan
 from ..reference import Sums
 from ..shards import group_of
 from ..state import FIELDS, GLOBALS, State
+from .stepping import Measuring, Stepping
 
 # Below this share of the sum of squares a sum of squared deviations is rounding of the former.
 _RESOLUTION = 1e-13
 
 
-class Measuring(Protocol):
-    """What a backend has that can serve here, beside what every ``Backend`` has."""
-
-    def __init__(self, plan: Plan, state: State, rules: Rules) -> None: ...
-
-    def measure(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        sums: Tensor,
-    ) -> None:
-        """A step up to its sums; nothing is committed.
-
-        Flat gradients, one or None for each slot, are multiplied by what stood before the step
-        if not ``Rules.two_phases``, and unless ``found_inf`` is set. Each tensor's new running
-        means go to the row of the sketch that is not in use. ``sums``, fp64 [layers + 1, 7], gets
-        ``reference.Sums`` of each layer; its last row may hold anything.
-        """
-        ...
-
-
-class ShardedBackend:
+class ShardedBackend(Stepping):
     """Makes the steps of a plan some of whose parameters are DTensors.
 
     A backend measures the parts that are here, and multiplies them where that needs no sums. One
@@ -78,50 +56,30 @@ class ShardedBackend:
         self.seen.values = state.values.new_zeros(len(GLOBALS) + len(FIELDS) * len(layers))
         self.sums = state.values.new_zeros((len(layers) + 1, len(Sums._fields)))
         self.measuring = measuring(parts, self.seen, rules)
-        self._pending: Callable[[], Tensor] | None = None
+        self._pending: Callable[[], None] | None = None
 
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        gradients = self.reader.read(only, walked)
+    def step(self, call: Call) -> Outcome:
+        gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
         self.settle()
         state, rules = self.state, self.rules
-        factor = reference.active_factor(state, rules).clone()
-
-        def start(inverse: Tensor, halted: Tensor) -> Callable[[], tuple[Sums, Tensor]]:
-            self._measure(gradients, grad_scale, found_inf, unscale)
-            return self._add_up(gradients, inverse, halted)
-
-        if not rules.two_phases:
-            halted = reference.is_marked(state, found_inf)
-            added_up = start(reference.inverse_scale(state, grad_scale), halted)
+        before = reference.standing(state, rules, call)
+        self._measure(gradients, call)
+        added_up = self._add_up(gradients, before)
+        if rules.two_phases:
+            sums, excluded = added_up()
+            reference.finish(self.plan, state, rules, gradients, call, before, sums, excluded)
+        else:
             measured = reference.touched(self.plan, gradients)
 
-            def commit() -> Tensor:
-                return reference.commit(state, rules, added_up()[0], measured, factor, halted)
+            def commit() -> None:
+                counted = reference.commit(state, rules, added_up()[0], measured, before)
+                reference.mark(call.found_inf, counted)
 
             self._pending = commit
-            if found_inf is not None:
-                reference.mark(found_inf, self._pending())
-                self._pending = None
-        else:
-            reference.step(
-                self.plan,
-                state,
-                rules,
-                gradients,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                unscale=unscale,
-                statistics=lambda inverse, halted: start(inverse, halted)(),
-            )
+            if call.found_inf is not None:
+                self.settle()
         self.reader.write_back()
         # A DTensor has a version of its own; which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
@@ -134,31 +92,25 @@ class ShardedBackend:
         return Outcome.DONE
 
     def settle(self) -> None:
-        """Waits for the sums of the last step, if they are under way, and commits them."""
+        """Waits for the sums of the last step and commits them."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending()
 
     def found_anywhere(self, layers: Sequence[int]) -> list[int]:
-        """The layers that some process gives. A collective, and waits for the device."""
+        """A collective."""
         found = torch.zeros(len(self.plan.layers), device=self.state.device)
         found[list(layers)] = 1.0
         dist.all_reduce(found, group=self.group)
         return found.nonzero().flatten().tolist()
 
-    def _measure(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-    ) -> None:
+    def _measure(self, gradients: Sequence[Tensor | None], call: Call) -> None:
         self.seen.values[: len(GLOBALS)] = self.state.values[: len(GLOBALS)]
         self.seen.layers.copy_(self.state.layers[self.part_layer])
-        self.measuring.measure(gradients, grad_scale, found_inf, unscale, self.sums)
+        self.measuring.measure(gradients, call, self.sums)
 
     def _add_up(
-        self, gradients: Sequence[Tensor | None], inverse: Tensor, halted: Tensor
+        self, gradients: Sequence[Tensor | None], before: reference.Standing
     ) -> Callable[[], tuple[Sums, Tensor]]:
         """Starts the all-reduce; what is returned waits for it.
 
@@ -168,9 +120,9 @@ class ShardedBackend:
         last = torch.zeros_like(rows[:1])
         table = torch.cat((rows, last))[self.members].sum(dim=1)
         if self.rules.needs_norm:
-            excluded = reference.excluded_squares(self.plan, gradients, inverse, self.copies)
+            excluded = reference.excluded_squares(self.plan, gradients, before.inverse, self.copies)
             last[:, Sums._fields.index("m2")] = excluded
-        table = torch.cat((table, last)).masked_fill_(halted, torch.nan)
+        table = torch.cat((table, last)).masked_fill_(before.halted, torch.nan)
         work = dist.all_reduce(table, group=self.group, async_op=True)
 
         def wait() -> tuple[Sums, Tensor]:

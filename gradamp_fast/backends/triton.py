@@ -7,16 +7,16 @@ import os
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from ..gradients import Outcome
+from ..call import Call, Outcome
 from ..options import Rules
 from ..plan import Plan
 from ..state import State
 from ._compiled import for_kernel
+from .stepping import Backend
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """The fused step without a compiler of C++ or CUDA; reads the gradients in Python.
 
     Captured in a CUDA graph, a step copies the table of addresses from memory that the backend
@@ -60,26 +60,19 @@ class TritonBackend:
                 self.done = torch.cuda.Event()
                 self.done.record(self.stream)
 
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        outcome = self.addresses.read(only, walked)
+    def step(self, call: Call) -> Outcome:
+        outcome = self.addresses.read(call)
         if outcome is not Outcome.DONE:
             return outcome
         if self.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                self._run(grad_scale, found_inf, unscale)
+                self._run(call)
         else:
-            self._run(grad_scale, found_inf, unscale)
+            self._run(call)
         self.addresses.reader.write_back()
         return Outcome.DONE
 
-    def _run(self, grad_scale: Tensor | None, found_inf: Tensor | None, unscale: bool) -> None:
+    def _run(self, call: Call) -> None:
         dtypes = self.addresses.dtypes
         changed, self.addresses.gradients = self.addresses.gradients, []  # let go of
         self.launcher.load(dtypes)
@@ -92,15 +85,15 @@ class TritonBackend:
         self.launcher(
             dtypes,
             self.table.upload(self.addresses.words),
-            0 if grad_scale is None else grad_scale.data_ptr(),
-            0 if found_inf is None else found_inf.data_ptr(),
-            unscale,
+            0 if call.grad_scale is None else call.grad_scale.data_ptr(),
+            0 if call.found_inf is None else call.found_inf.data_ptr(),
+            call.unscale,
         )
         if self.on_gpu and not capturing:
             self.done.record(self.stream)
         # Which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
-            changed if found_inf is None else [*changed, found_inf]
+            changed if call.found_inf is None else [*changed, call.found_inf]
         )
 
     @staticmethod

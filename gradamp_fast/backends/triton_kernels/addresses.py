@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...gradients import DTYPES, GradientReader, Outcome
+from ...call import Call, Outcome
+from ...gradients import DTYPES, GradientReader
 from ...plan import Plan
 from . import step
 
@@ -51,12 +52,12 @@ class GradientAddresses:
         for dtype in {tensor.dtype for tensor in tensors}:
             self.dtypes |= DTYPE_BITS.get(dtype.to_real() if dtype.is_complex else dtype, 0)
 
-    def read(self, only: bytes | None, walked: bool) -> Outcome:
+    def read(self, call: Call) -> Outcome:
         """Fills ``words`` and ``gradients``; raises what the reader raises."""
-        if self._as_before(only):
+        if self._as_before(call.only):
             return Outcome.DONE
         self._known = None
-        flat = self.reader.read(only, walked)
+        flat = self.reader.read(call)
         if isinstance(flat, Outcome):
             return flat
         self.words = [
@@ -64,7 +65,7 @@ class GradientAddresses:
         ]
         self.gradients = [g for g in flat if g is not None]
         self.expect(self.gradients)
-        self._learn(only, flat)
+        self._learn(call.only, flat)
         return Outcome.DONE
 
     def _learn(self, only: bytes | None, flat: list[Tensor | None]) -> None:
