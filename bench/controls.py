@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradamp_fast import Amplifier, reference
-from gradamp_fast.layers import unwrap
+from gradamp_fast.model.walk import unwrap
 
 
 def make(model: nn.Module, options: Mapping[str, Any]) -> Amplifier:

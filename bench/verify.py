@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench.workload import FACTOR, Workload, holder, same_bits
 from gradamp_fast import Amplifier, reference
-from gradamp_fast.plan import bucket_log2
+from gradamp_fast.model.plan import bucket_log2
 from gradamp_fast.reference import bucket_sums
-from gradamp_fast.state import State
+from gradamp_fast.reference.state import State
 
 NEVER = 10**9  # steps between decisions: the selection made by hand stands
 WEIGHT = 0.01  # of a new step in the running statistics of the baselines

@@ -12,19 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, dispatch, reference
+from . import backends, checkpoint, ops, reference
 from .attach import Attachment, Part, attachments, innermost
+from .backends.backward import BackwardSteps
 from .call import Call, Outcome
-from .export import ScalarWriter, log_scalars
-from .gradients import nonfinite_layers, state_device
-from .history import History
-from .layers import find_layers, unwrap
+from .model.gradients import nonfinite_layers, state_device
+from .model.plan import Plan
+from .model.walk import find_layers, unwrap
 from .options import Options, check_factor
-from .placement import BackwardSteps
-from .plan import Plan
-from .report import Report, Snapshot, make_report, take_snapshot
-from .state import State
-from .table import render
+from .reference.state import State
+from .report import (
+    History,
+    Report,
+    ScalarWriter,
+    Snapshot,
+    log_scalars,
+    make_report,
+    render,
+    take_snapshot,
+)
 
 _OWNERS: weakref.WeakValueDictionary[int, Amplifier] = weakref.WeakValueDictionary()
 Mask = Callable[[Plan], bytes | None]
@@ -60,7 +66,7 @@ class Amplifier:
         self._needs_epoch = self._rules.needs_epochs
         self._warned_empty = False
         self._history = History()
-        self._handle = dispatch.register(self)
+        self._handle = ops.register(self)
 
     # ---- one step -------------------------------------------------------------------
 
@@ -90,7 +96,7 @@ class Amplifier:
     def _step(self, call: Call, mask: Mask | None) -> None:
         if torch.compiler.is_compiling():
             only = None if mask is None else mask(self._plan)
-            dispatch.traced_step(self, call._replace(only=only))
+            ops.traced_step(self, call._replace(only=only))
             return
         if self._needs_epoch:
             raise RuntimeError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from .call import Call
-from .plan import Plan
+from .model.plan import Plan
 
 if TYPE_CHECKING:
     from .amplifier import Amplifier

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .amplifier import Amplifier
 from .attach import innermost, warn_if_scale_invariant
-from .layers import unwrap
+from .model.walk import unwrap
 
 # Each model's Amplifier, and the options as they were given last.
 _Kept = tuple[Amplifier, dict[str, Any]]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .amplifier import Amplifier
 from .attach import Part, after_backward, attachments, warn_if_scale_invariant
 from .call import Call
-from .plan import Plan
+from .model.plan import Plan
 
 
 class GradScaler(torch.amp.GradScaler):

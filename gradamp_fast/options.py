@@ -14,8 +14,8 @@ from .schedule import Schedule
 
 Measure = Literal["fluctuation", "direction", "variance", "random"]
 ThresholdRule = Literal["mean", "std", "quantile"]
-ThresholdKind = Literal["mean", "std", "quantile", "number"]
-ScheduleKind = Literal["always", "epoch", "step"]
+Threshold = Literal["mean", "std", "quantile", "number"]
+ScheduleUnit = Literal["always", "epoch", "step"]
 Select = Literal["below", "above"]
 Timing = Literal["lagged", "exact"]
 Placement = Literal["gradient", "backward"]
@@ -231,7 +231,7 @@ class Options:
             decay=1.0 if self.decay is None else self.decay,
             min_steps=self.min_steps,
             refresh=0 if self.refresh == "epoch" else self.refresh,
-            schedule="always" if schedule is None else schedule.unit,
+            schedule_unit="always" if schedule is None else schedule.unit,
             windows=tuple(
                 (float(start), float(stop), math.nan if factor is None else float(factor))
                 for start, stop, factor in windows
@@ -254,7 +254,7 @@ class Rules:
         threshold_value: standard deviations, quantile or threshold; 0 for ``"mean"``.
         decay: 1 averages since the last restart.
         refresh: a decision every so many counted steps; 0: when ``set_epoch`` tells a new epoch.
-        schedule: the unit of ``windows``; ``"always"`` without any.
+        schedule_unit: that of ``windows``; ``"always"`` without any.
         windows: (start, stop, factor); a factor of NaN is the state's.
         exact: multiply by the selection made in this step.
         max_norm: 0 does not clip.
@@ -265,14 +265,14 @@ class Rules:
 
     factor: float
     measure: Measure
-    threshold: ThresholdKind
+    threshold: Threshold
     threshold_value: float
     select: Select
     seed: int
     decay: float
     min_steps: int
     refresh: int
-    schedule: ScheduleKind
+    schedule_unit: ScheduleUnit
     windows: tuple[tuple[float, float, float], ...]
     exact: bool
     match_norm: bool
@@ -283,7 +283,7 @@ class Rules:
     @property
     def needs_epochs(self) -> bool:
         """Whether a step means nothing before ``set_epoch``."""
-        return self.schedule == "epoch" or self.refresh == 0
+        return self.schedule_unit == "epoch" or self.refresh == 0
 
     @property
     def needs_norm(self) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import gradamp_fast
 from gradamp_fast import Amplifier
-from gradamp_fast.dispatch import traced_step
-from gradamp_fast.plan import Plan
+from gradamp_fast.model.plan import Plan
+from gradamp_fast.ops import traced_step
 
 QUICK = {"min_steps": 2, "refresh": 2, "decay": 0.9}
 CPU = Place("cpu", "cpu")

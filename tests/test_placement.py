@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gradamp_fast import Amplifier, Schedule
+from gradamp_fast.backends.backward import BackwardSteps
 from gradamp_fast.backends.torch import TorchBackend
-from gradamp_fast.placement import BackwardSteps
 
 # Everything is selected at the first measured step; every other step is amplified, by 3.
 ALL: dict[str, Any] = {

@@ -15,8 +15,8 @@ from cases import SHAPES, Place, Stream, bare, put
 from torch import nn
 
 from gradamp_fast import Amplifier, Schedule
-from gradamp_fast.history import LIMIT
-from gradamp_fast.state import State
+from gradamp_fast.reference.state import State
+from gradamp_fast.report.history import LIMIT
 
 QUICK = {"min_steps": 2, "refresh": 2, "factor": 3.0}
 

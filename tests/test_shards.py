@@ -15,10 +15,10 @@ from torch import Tensor
 from gradamp_fast import Options, backends
 from gradamp_fast.backends.sharded import additive, not_additive
 from gradamp_fast.call import Call
-from gradamp_fast.layers import find_layers
-from gradamp_fast.plan import Plan
-from gradamp_fast.shards import Shard
-from gradamp_fast.state import State
+from gradamp_fast.model.plan import Plan
+from gradamp_fast.model.shards import Shard
+from gradamp_fast.model.walk import find_layers
+from gradamp_fast.reference.state import State
 
 # (elements, where it is cut): buckets of one element, of 16 and of 512; parts without elements;
 # parts longer than a tile; a cut that is not at a word of signs.

@@ -16,10 +16,10 @@ import torch
 from cases import COMPLEX, REALS, Place, Stream, Twin, bare, bits, put, same_bits
 
 from gradamp_fast import Amplifier, backends, reference
-from gradamp_fast.backends.triton import configuration
-from gradamp_fast.layers import find_layers
+from gradamp_fast.backends.triton.launch import configuration
+from gradamp_fast.model.walk import find_layers
 from gradamp_fast.options import Options
-from gradamp_fast.state import State
+from gradamp_fast.reference.state import State
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -206,7 +206,7 @@ def outcome(programs: int) -> bytes:
         put(model, stream.next())
         amplifier.prepare()
         launches = amplifier._backend.launcher._launch
-        from gradamp_fast.backends.triton_kernels.step import step_kernel
+        from gradamp_fast.backends.triton.step import step_kernel
 
         launches.update(dict.fromkeys(launches, step_kernel[(programs,)]))
         amplifier.step()
@@ -261,7 +261,7 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
     """Over random states with ties, ineligible layers and scores that are not finite."""
     from interpreted import decide_kernel
 
-    from gradamp_fast.backends.triton_kernels import layers as kernels
+    from gradamp_fast.backends.triton import columns
 
     options = Options.make(rule | {"min_steps": 3})
     plan = find_layers(bare({f"m{i}.w": (1,) for i in range(layers)}), options)
@@ -270,11 +270,11 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         expected, actual = (State(plan, 2.0, torch.device("cpu")) for _ in range(2))
         rows = torch.rand(expected.layers.shape, generator=generator, dtype=torch.float64) + 0.1
         rows = rows.mul(8).round().div(8)  # ties
-        rows[:, kernels.K.value] = (
+        rows[:, columns.STEPS.value] = (
             torch.rand(layers, generator=generator).lt(eligible).double().mul(4)
         )
-        rows[layers // 2, kernels.MEAN_POWER.value] = 0.0  # a score of infinity
-        rows[:, kernels.SELECTED.value] = torch.rand(layers, generator=generator).lt(0.5).double()
+        rows[layers // 2, columns.MEAN_POWER.value] = 0.0  # a score of infinity
+        rows[:, columns.SELECTED.value] = torch.rand(layers, generator=generator).lt(0.5).double()
         for state in (expected, actual):
             state.layers.copy_(rows)
             state.scalar("step").fill_(17.0)

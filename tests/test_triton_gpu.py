@@ -63,7 +63,7 @@ def test_two_launches_have_equal_bits(options: dict[str, Any]) -> None:
 
 def test_compiles_once() -> None:
     """Neither new addresses nor a scale nor another model of the same dtypes compile anew."""
-    from gradamp_fast.backends.triton_kernels.step import step_kernel
+    from gradamp_fast.backends.triton.step import step_kernel
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in step_kernel.device_caches.values())

@@ -10,11 +10,10 @@ from typing import Any, get_args
 import torch
 
 from .._checks import one_of
+from ..model.plan import Plan
 from ..options import BackendName, Rules
-from ..plan import Plan
-from ..state import State
-from .cpu import CpuBackend
-from .cuda import CudaBackend
+from ..reference.state import State
+from .compiled import CpuBackend, CudaBackend
 from .sharded import ShardedBackend
 from .stepping import Backend, Measuring, Stepping
 from .torch import TorchBackend

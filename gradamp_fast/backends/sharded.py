@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Call, Outcome
-from ..gradients import GradientReader
+from ..model.gradients import GradientReader
+from ..model.plan import Plan
+from ..model.shards import group_of
 from ..options import Rules
-from ..plan import Plan
 from ..reference import Sums
-from ..shards import group_of
-from ..state import FIELDS, GLOBALS, State
+from ..reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 from .stepping import Measuring, Stepping
 
 # Below this share of the sum of squares a sum of squared deviations is rounding of the former.
@@ -53,7 +53,9 @@ class ShardedBackend(Stepping):
         self.members = _members(layers).to(state.device)
         # What the measuring backend sees of the state: the same sketch, a row for each part.
         self.seen = copy.copy(state)
-        self.seen.values = state.values.new_zeros(len(GLOBALS) + len(FIELDS) * len(layers))
+        self.seen.values = state.values.new_zeros(
+            len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(layers)
+        )
         self.sums = state.values.new_zeros((len(layers) + 1, len(Sums._fields)))
         self.measuring = measuring(parts, self.seen, rules)
         self._pending: Callable[[], None] | None = None
@@ -105,7 +107,7 @@ class ShardedBackend(Stepping):
         return found.nonzero().flatten().tolist()
 
     def _measure(self, gradients: Sequence[Tensor | None], call: Call) -> None:
-        self.seen.values[: len(GLOBALS)] = self.state.values[: len(GLOBALS)]
+        self.seen.values[: len(GLOBAL_FIELDS)] = self.state.values[: len(GLOBAL_FIELDS)]
         self.seen.layers.copy_(self.state.layers[self.part_layer])
         self.measuring.measure(gradients, call, self.sums)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..call import Call, Outcome
+from ..model.plan import Plan
 from ..options import Rules
-from ..plan import Plan
-from ..state import State
+from ..reference.state import State
 
 
 class Stepping:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import reference
 from ..call import Call, Outcome
-from ..gradients import GradientReader
+from ..model.gradients import GradientReader
+from ..model.plan import Plan
 from ..options import Rules
-from ..plan import Plan
-from ..state import State
+from ..reference.state import State
 from .stepping import Measuring
 
 

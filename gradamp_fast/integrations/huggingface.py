@@ -12,7 +12,7 @@ import torch
 
 from ..amplifier import Amplifier
 from ..attach import Attachment
-from ..layers import unwrap
+from ..model.walk import unwrap
 from ..options import Options
 
 try:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..amplifier import Amplifier
 from ..attach import Attachment, innermost
-from ..layers import unwrap
+from ..model.walk import unwrap
 from ..options import Options
 
 # The library goes by two names with classes of their own; the callback serves trainers of both.

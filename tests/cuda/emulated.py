@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradamp_fast.backends._compiled import for_kernel
+from gradamp_fast.backends.compiled import for_kernel
 from gradamp_fast.backends.stepping import Measuring
 from gradamp_fast.call import Call, Outcome
-from gradamp_fast.gradients import GradientReader
+from gradamp_fast.model.gradients import GradientReader
+from gradamp_fast.model.plan import Plan
 from gradamp_fast.options import Rules
-from gradamp_fast.plan import Plan
-from gradamp_fast.state import State
+from gradamp_fast.reference.state import State
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"

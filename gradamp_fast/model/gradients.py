@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .call import Call, Outcome
+from ..call import Call, Outcome
 from .plan import Plan, Slot
 from .shards import is_dtensor, local, refuse_partial
 

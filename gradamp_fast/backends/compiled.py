@@ -1,18 +1,19 @@
-"""What the CPU and the CUDA backend share: the compiled extension behind both."""
+"""The compiled extension: C++ on the CPU, on torch's threads, and CUDA C++ in one launch a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import _extension
 from ..call import Call, Outcome
-from ..gradients import GradientReader
-from ..options import Measure, Rules, ScheduleKind, Select, ThresholdKind
-from ..plan import Plan
-from ..state import State
+from ..model.gradients import GradientReader
+from ..model.plan import Plan
+from ..options import Rules
+from ..reference.state import ENUMS, State
 from .stepping import Measuring
 
 
@@ -57,13 +58,49 @@ class CompiledBackend(Measuring):
         self.compiled.step_gradients(gradients, call.grad_scale, call.found_inf, call.unscale, sums)
 
 
+class CpuBackend(CompiledBackend):
+    """The compiled step for gradients on the CPU."""
+
+    name: ClassVar[str] = "cpu"
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return "the cpu backend serves gradients on the CPU"
+        return _extension.reason()
+
+
+class CudaBackend(CompiledBackend):
+    """The compiled step for gradients on an NVIDIA GPU."""
+
+    name: ClassVar[str] = "cuda"
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.hip:
+            return "the cuda backend serves gradients on an NVIDIA GPU"
+        if reason := _extension.reason():
+            return reason
+        built = _extension.built_with()
+        if not built.get("cuda"):
+            return (
+                "the extension was built without CUDA kernels: install nvcc and rebuild with "
+                f"GRADAMP_CUDA=1 ({built.get('summary', '')})"
+            )
+        extension = _extension.load()
+        assert extension is not None
+        problem: str | None = extension.cuda_unavailable(
+            -1 if device.index is None else device.index
+        )
+        return problem
+
+
 def for_kernel(rules: Rules) -> dict[str, Any]:
-    """Rules as numbers, with the values of the enumerations in csrc/state.h."""
+    """Rules as numbers; of enumerations, the place in ``ENUMS``."""
+    given = vars(rules)
     return {
-        "measure": get_args(Measure).index(rules.measure),
-        "threshold": get_args(ThresholdKind).index(rules.threshold),
+        **{name: values.index(given[name]) for name, values in ENUMS.items()},
         "threshold_value": rules.threshold_value,
-        "select": get_args(Select).index(rules.select),
         "exact": rules.exact,
         "match_norm": rules.match_norm,
         "max_norm": rules.max_norm,
@@ -71,6 +108,5 @@ def for_kernel(rules: Rules) -> dict[str, Any]:
         "min_steps": float(rules.min_steps),
         "refresh": float(rules.refresh),
         "seed": rules.seed,
-        "schedule_unit": get_args(ScheduleKind).index(rules.schedule),
         "windows": list(rules.windows),
     }
