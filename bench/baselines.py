@@ -73,7 +73,7 @@ class Fused(Subject):
         self.amplifier.factor = factor
 
     def check(self, expected: Expected) -> None:
-        expected.check_state(self.amplifier._state)
+        expected.check_state(self.amplifier.bound.settled_state())
 
 
 class Baseline(Subject):

@@ -34,8 +34,8 @@ def factor_of(step: int) -> float:
 def select_by_hand(amplifier: Amplifier, layers: frozenset[str]) -> None:
     """Makes these layers the standing selection, which otherwise the gradients decide."""
     amplifier.prepare()
-    column = amplifier._state.column("selected")
-    column.copy_(torch.tensor([float(name in layers) for name in amplifier._plan.layers]))
+    column = amplifier.bound.settled_state().column("selected")
+    column.copy_(torch.tensor([float(name in layers) for name in amplifier.bound.plan.layers]))
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Expected:
         model = holder(workload.shapes, workload.dtype, workload.device)
         amplifier = Amplifier(model, backend="torch", **self.options)
         select_by_hand(amplifier, workload.layers)
-        plan, self.state = amplifier._plan, amplifier._state
+        plan, self.state = amplifier.bound.plan, amplifier.bound.settled_state()
         place = {name: index for index, name in enumerate(workload.shapes)}
         order = [place[slot.name] for slot in plan.slots]
         work = [g.clone() for g in workload.sets[0].flats]

@@ -175,7 +175,7 @@ def test_an_entry_does_not_change_afterwards() -> None:
 def test_the_history_is_bounded_and_covers_the_whole_run() -> None:
     _, amplifier = stepped(1)
     for call in range(1, 3 * LIMIT):
-        amplifier._state.scalar("step").fill_(call)
+        amplifier.bound.settled_state().scalar("step").fill_(call)
         history = amplifier.record()
     steps = [report.steps for report in history]
     assert len(steps) < LIMIT

@@ -184,7 +184,7 @@ def test_bf16_is_rounded_to_nearest_even() -> None:
     model = bare({"a.w": (gradient.numel(),)}, torch.bfloat16)
     amplifier = PLACE.amplifier(model)
     amplifier.prepare()
-    amplifier._state.column("selected").fill_(1.0)
+    amplifier.bound.settled_state().column("selected").fill_(1.0)
     for factor in (2.0, 1 / 3, 1.0000001e-3):
         amplifier.factor = factor
         put(model, {"a.w": gradient.clone()})
@@ -205,14 +205,16 @@ def outcome(programs: int) -> bytes:
     for _ in range(2):
         put(model, stream.next())
         amplifier.prepare()
-        launches = amplifier._backend.launcher._launch
+        launches = amplifier.bound._backend.launcher._launch
         from gradamp_fast.backends.triton.step import step_kernel
 
         launches.update(dict.fromkeys(launches, step_kernel[(programs,)]))
         amplifier.step()
         out += b"".join(bits(p.grad).numpy().tobytes() for p in model.parameters())
     return (
-        out + amplifier._state.values.numpy().tobytes() + amplifier._state.sketch.numpy().tobytes()
+        out
+        + amplifier.bound.settled_state().values.numpy().tobytes()
+        + amplifier.bound.settled_state().sketch.numpy().tobytes()
     )
 
 

@@ -32,7 +32,7 @@ def run(place: Place, options: dict[str, Any], launches: int = 1) -> list[Any]:
         put(model, stream.next())
         amplifier.prepare()
         if launches == 2:
-            amplifier._backend.launcher.cooperative = False
+            amplifier.bound._backend.launcher.cooperative = False
         amplifier.step()
         left.append([layer.selected for layer in amplifier.report().layers])
         left += [parameter.grad.clone() for parameter in model.parameters()]

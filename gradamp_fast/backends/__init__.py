@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
+from torch import nn
 
 from .._checks import one_of
 from ..model.plan import Plan
 from ..options import BackendName, Rules
 from ..reference.state import State
+from .backward import BackwardSteps
 from .compiled import CpuBackend, CudaBackend
 from .sharded import ShardedBackend
 from .stepping import Backend, Measuring, Stepping
 from .torch import TorchBackend
 from .triton import TritonBackend
 
-__all__ = ["NAMES", "Backend", "Measuring", "Stepping", "choose", "unavailable"]
+__all__ = ["NAMES", "Backend", "Measuring", "Stepping", "choose", "make", "unavailable"]
 
 _BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (CudaBackend, TritonBackend, CpuBackend, TorchBackend)
@@ -57,3 +59,11 @@ def choose(
             raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
         chosen = able[name]
     return functools.partial(ShardedBackend, chosen) if sharded else chosen
+
+
+def make(name: str, plan: Plan, state: State, rules: Rules, model: nn.Module | None) -> Stepping:
+    """The steps of a plan, by the backend asked for; raises as ``choose`` does."""
+    chosen = choose(name, state.device, plan.sharded)
+    if rules.backward:
+        return BackwardSteps(chosen, plan, state, rules, model)
+    return chosen(plan, state, rules)

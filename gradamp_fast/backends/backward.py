@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class BackwardSteps(Stepping):
         multipliers: by dtype, fp32 and fp64 [layers]: what flows out of each layer is multiplied
             by. Written in place after each step, read on the device while gradients flow.
     """
+
+    acts_between_steps: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -15,7 +15,14 @@ from ..reference.state import State
 
 
 class Stepping:
-    """Makes the steps of one plan on the device that holds its state."""
+    """Makes the steps of one plan on the device that holds its state.
+
+    Attributes:
+        acts_between_steps: whether gradients depend on it while they are computed, so that a
+            model that was looked at again needs its successor at once.
+    """
+
+    acts_between_steps: ClassVar[bool] = False
 
     def step(self, call: Call) -> Outcome:
         raise NotImplementedError
