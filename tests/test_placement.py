@@ -474,8 +474,9 @@ def test_the_model_is_not_kept_alive() -> None:
 
 def test_models_pickled_when_hooks_had_another_home_still_load() -> None:
     model = chain()
-    started(model, lambda: model(X).sum())
+    amplifier = started(model, lambda: model(X).sum())
     text = pickle.dumps(model, protocol=0)
+    del amplifier
     here, before = b"cgradamp_fast.backends.backward\n_Hook", b"cgradamp_fast.placement\n_Hook"
     assert here in text
     again = pickle.loads(text.replace(here, before))
