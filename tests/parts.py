@@ -13,10 +13,11 @@ from oracle import bucket_sums
 
 from gradamp_fast import Options
 from gradamp_fast.backends.sharded import SUMS_COLUMNS, additive, not_additive
-from gradamp_fast.layers import find_layers
-from gradamp_fast.plan import Plan
-from gradamp_fast.shards import Shard
-from gradamp_fast.state import State
+from gradamp_fast.call import Call
+from gradamp_fast.model.plan import Plan
+from gradamp_fast.model.shards import Shard
+from gradamp_fast.model.walk import find_layers
+from gradamp_fast.reference.state import State
 
 # (elements, where it is cut): buckets of one element, of 16 and of 512; parts without elements;
 # parts longer than a tile; a cut that is not at a word of signs.
@@ -63,7 +64,7 @@ def check_parts(make: Callable[..., Any], numel: int, starts: tuple[int, ...], d
         state.sketch[1, : slot.buckets] = before[seen : seen + slot.buckets]
         values = state.values.clone()
         sums = torch.full((2, SUMS_COLUMNS), torch.nan, dtype=torch.float64)
-        make(plan, state, Options()).measure([gradient], None, None, True, sums)
+        make(plan, state, Options().rules()).measure([gradient], Call(), sums)
         total += additive(sums[:1, :7])
         assert same_bits(gradient, whole[here].clone().mul_(2.0))
         assert torch.equal(state.values.nan_to_num(), values.nan_to_num())
@@ -96,7 +97,9 @@ def check_left_alone(make: Callable[..., Any]) -> None:
         gradient, sums = torch.ones(4904), torch.zeros((2, SUMS_COLUMNS), dtype=torch.float64)
         scale, found_inf = torch.tensor([4.0]), torch.tensor([marked])
         before = [t.clone() for t in (state.values, state.parity)]
-        make(plan, state, Options(**options)).measure([gradient], scale, found_inf, True, sums)
+        make(plan, state, Options(**options).rules()).measure(
+            [gradient], Call(scale, found_inf), sums
+        )
         assert (gradient == 1).all()
         assert found_inf == marked
         assert torch.equal(before[0].nan_to_num(), state.values.nan_to_num())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradamp_fast import Amplifier, reference
-from gradamp_fast.layers import unwrap
+from gradamp_fast.model.walk import unwrap
 
 
 def make(model: nn.Module, options: Mapping[str, Any]) -> Amplifier:
@@ -40,12 +40,12 @@ class Shuffled(Amplifier):
         if self.options.timing != "lagged" or self.options.group_by != "module":
             raise ValueError('shuffle goes with timing="lagged" and group_by="module" only')
         self._seed = shuffle
-        modules = [unwrap(model).get_submodule(name) for name in self._plan.layers]
+        modules = [unwrap(model).get_submodule(name) for name in self.bound.plan.layers]
         kinds = list(dict.fromkeys(map(type, modules)))
         self._kind = torch.tensor(
             [kinds.index(type(module)) for module in modules],
             dtype=torch.float64,
-            device=self._state.device,
+            device=self.bound.device,
         )
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -58,21 +58,22 @@ class Shuffled(Amplifier):
 
     def set_epoch(self, epoch: int) -> None:
         """As `Amplifier.set_epoch`, with what it chose shuffled."""
-        new = epoch != self._epoch
+        new = epoch != self.bound.epoch
         super().set_epoch(epoch)
         if new and self.options.refresh == "epoch":
             self._shuffle(None)
 
     def _counted(self) -> Tensor:
-        return self._state.scalar("step") - self._state.scalar("skipped_steps")
+        state = self.bound.settled_state()
+        return state.scalar("step") - state.scalar("skipped_steps")
 
     def _shuffle(self, due: Tensor | None) -> None:
-        state = self._state
-        decision = reference.last_decision(state, self.options)
+        state = self.bound.settled_state()
+        decision = reference.last_decision(state, self.bound.rules)
         draws = reference.draws(len(self._kind), self._seed, decision)
         selected = state.column("selected")
         shuffled = torch.empty_like(selected).scatter_(
             0, (self._kind + draws).argsort(), selected[self._kind.argsort(stable=True)]
         )
         selected.copy_(shuffled if due is None else torch.where(due, shuffled, selected))
-        self._follow()
+        self.bound.written()

@@ -18,7 +18,7 @@ import torch
 from bench.accuracy.data import DataMissing, load
 from bench.accuracy.train import Recipe, Result, train_watched
 from gradamp_fast.plot import heatmap
-from gradamp_fast.table import render
+from gradamp_fast.report.table import render
 
 RECIPE = Recipe(arch="resnet18", width=0.5, epochs=20, batch=64, lr=0.3, warmup=0.2)
 # An epoch has 22 steps: with the usual 100 before the first decision there is little left to see.

@@ -12,7 +12,7 @@ import torch
 
 from ..amplifier import Amplifier
 from ..attach import Attachment
-from ..layers import unwrap
+from ..model.walk import unwrap
 from ..options import Options
 
 try:
@@ -59,10 +59,10 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
             )
         self.on_train_end(args, state, control)
         model = kwargs["model"]
-        if self.amplifier is None or self.amplifier._model() is not unwrap(model):
+        if self.amplifier is None or self.amplifier.bound.model is not unwrap(model):
             self.amplifier = None  # before its successor, which may want the same parameters
             self.amplifier = Amplifier(model, **vars(self._options))
-        if self.amplifier._plan.sharded and args.save_strategy != "no":
+        if self.amplifier.bound.plan.sharded and args.save_strategy != "no":
             raise ValueError(
                 "the Trainer asks one process alone for a callback's state, and that of sharded "
                 "gradients takes all of them: give TrainingArguments save_strategy='no', or attach "

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import gradamp_fast
 from gradamp_fast import Amplifier
-from gradamp_fast.dispatch import traced_step
-from gradamp_fast.plan import Plan
+from gradamp_fast.call import Call
+from gradamp_fast.model.plan import Plan
+from gradamp_fast.ops import traced_step
 
 QUICK = {"min_steps": 2, "refresh": 2, "decay": 0.9}
 CPU = Place("cpu", "cpu")
@@ -262,7 +263,7 @@ def test_gradients_of_several_processes_are_not_for_a_graph(
     amplifier = Amplifier(network())
     monkeypatch.setattr(Plan, "sharded", True)
     with pytest.raises(RuntimeError, match="outside of the compiled function"):
-        traced_step(amplifier, None, None, True, None)
+        traced_step(amplifier.bound, Call())
 
 
 def test_a_step_that_outlives_its_amplifier() -> None:
@@ -281,11 +282,11 @@ def test_opcheck(place: Place, scaled: bool) -> None:
         model(x).square().mean().backward()
         amplifier.step()
     assert any(row.selected for row in amplifier.report().layers)
-    state = amplifier._state
+    state = amplifier.bound.settled_state()
     scalars = [torch.full((1,), v, device=place.device) for v in (4.0, 0.0)]
     gradients = [p.grad for p in model.parameters()][1:]
     arguments = (
-        amplifier._handle, [1, 2, 3, 4, 5], [0], gradients, state.values, state.sketch,
+        amplifier.bound.handle, [1, 2, 3, 4, 5], [0], gradients, state.values, state.sketch,
         state.parity, *(scalars if scaled else (None, None)), True,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.gradamp_fast.step.default, arguments)

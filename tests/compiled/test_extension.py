@@ -10,9 +10,9 @@ import torch
 from torch.nn import Parameter
 
 from gradamp_fast import Amplifier, _extension
-from gradamp_fast.backends._compiled import LISTS, for_kernel
+from gradamp_fast.backends.compiled import LISTS, for_kernel
 from gradamp_fast.options import Options
-from gradamp_fast.state import FIELDS, GLOBALS
+from gradamp_fast.reference.state import GLOBAL_FIELDS, LAYER_FIELDS
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def given() -> dict[str, Any]:
         "watched": [],
         "tensors": [(0, 5000, 4, 0, 0)],  # layer, numel, bucket_log2, first_bucket, first_word
         "num_layers": 1,
-        "options": for_kernel(Options()),
-        "values": torch.zeros(len(GLOBALS) + len(FIELDS), dtype=torch.float64),
+        "options": for_kernel(Options().rules()),
+        "values": torch.zeros(len(GLOBAL_FIELDS) + len(LAYER_FIELDS), dtype=torch.float64),
         "sketch": torch.zeros(2, 320),
         "parity": torch.zeros(1, dtype=torch.int32),
     }
@@ -64,8 +64,8 @@ def test_tensors_that_break_a_rule(given: dict[str, Any], tensor: Any, message: 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("values", torch.zeros(len(GLOBALS) + len(FIELDS))),
-        ("values", torch.zeros(len(GLOBALS), dtype=torch.float64)),
+        ("values", torch.zeros(len(GLOBAL_FIELDS) + len(LAYER_FIELDS))),
+        ("values", torch.zeros(len(GLOBAL_FIELDS), dtype=torch.float64)),
         ("sketch", torch.zeros(320, 2).t()),
         ("sketch", torch.zeros(640)),
         ("parity", torch.zeros(1, dtype=torch.int64)),
@@ -106,4 +106,4 @@ def test_lists_that_differ_are_told_with_the_command_that_rebuilds(
 
 def test_lists_that_an_older_extension_lacks() -> None:
     with pytest.raises(RuntimeError, match=r"has LAYER_FIELDS None.*rebuild gradamp_fast"):
-        _extension.check_lists(ModuleType("old"), {"LAYER_FIELDS": FIELDS})
+        _extension.check_lists(ModuleType("old"), {"LAYER_FIELDS": LAYER_FIELDS})

@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradamp_fast.backends.triton_kernels import host
-from gradamp_fast.backends.triton_kernels.step import step_kernel
+from gradamp_fast.backends.triton import launch
+from gradamp_fast.backends.triton.step import step_kernel
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = (1 << code for code in range(4))
 TYPES = {
@@ -42,7 +42,7 @@ def compiled(target: GPUTarget, dtypes: int, cooperative: bool = False) -> Any:
         if TYPE_OF[name].startswith("*")
     }
     source = ASTSource(step_kernel, signature, {"DTYPES": dtypes, "BY_BITS": False}, aligned)
-    options = host.compiler_options(dtypes, cooperative, target.backend == "hip")
+    options = launch.compiler_options(dtypes, cooperative, target.backend == "hip")
     return triton.compile(source, target=target, options=options)
 
 

@@ -129,7 +129,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def numbers(amplifier: Amplifier) -> Tensor:
     """All state but the sketch."""
-    return amplifier._state.values.clone()
+    return amplifier.bound.settled_state().values.clone()
 
 
 def same_everywhere(tensor: Tensor) -> None:
@@ -179,7 +179,7 @@ class Pair:
         expected, actual = (amplifier.report() for amplifier in self.amplifiers)
         same_report(expected, actual)
         for column in ("power", "mean_power", "noise"):
-            pair = [amplifier._state.column(column) for amplifier in self.amplifiers]
+            pair = [amplifier.bound.settled_state().column(column) for amplifier in self.amplifiers]
             torch.testing.assert_close(pair[1], pair[0], rtol=2 * BASE.sketch, atol=0)
         same_everywhere(numbers(self.amplifiers[1]))
         for (name, p), q in zip(
@@ -244,7 +244,7 @@ def half_of_the_processes(rank: int) -> None:
         pair = Pair({n: (mesh, where) if s else None for n, s in SHAPES.items()}, "cpu")
         for _ in range(3):
             pair.step()
-        assert pair.amplifiers[1]._backend.group.size() == 2
+        assert pair.amplifiers[1].bound._backend.group.size() == 2
 
 
 def scaled(rank: int) -> None:
@@ -278,16 +278,18 @@ def nonfinite_in(rank: int, cut: Cut, name: str, options: dict[str, Any]) -> Non
         if step == 4 and rank == 1:
             found_inf = torch.ones(1)
         untouched = {n: here(p.grad).clone() for n, p in model.named_parameters()}
-        before = amplifier._state.values.clone()
+        before = amplifier.bound.settled_state().values.clone()
         amplifier.step(found_inf=found_inf)
         if found_inf is not None:
-            assert amplifier._backend._pending is None
+            assert amplifier.bound._backend._pending is None
             assert found_inf.item() == (step in (2, 4))
         report = amplifier.report()
         assert (report.steps, report.skipped_steps) == (step + 1, (0, 0, 1, 1, 2)[step])
         same_everywhere(numbers(amplifier))
         if step in (2, 4):
-            assert torch.equal(amplifier._state.values[2:].nan_to_num(), before[2:].nan_to_num())
+            assert torch.equal(
+                amplifier.bound.settled_state().values[2:].nan_to_num(), before[2:].nan_to_num()
+            )
         if step in (2, 4) and (options or (step, rank) == (4, 1)):
             for n, p in model.named_parameters():
                 assert same_bits(here(p.grad), untouched[n])
@@ -312,7 +314,7 @@ def asynchronous(rank: int) -> None:
     model = sharded_model(cut)
     amplifier, stream = Amplifier(model, schedule=Schedule([(0, 9)]), **QUICK), Stream(model)
     amplifier.set_epoch(0)
-    counter = amplifier._held_state.scalar("step")
+    counter = amplifier.bound._state.scalar("step")
     readers: list[Callable[[], Any]] = [
         amplifier.report, amplifier.summary, amplifier.state_dict, amplifier.record,
         lambda: amplifier.set_epoch(1), lambda: amplifier.factor,

@@ -248,7 +248,7 @@ def test_everything_is_written_in_place(place: Place) -> None:
     """State keeps its addresses, as a captured graph needs."""
 
     def addresses() -> list[int]:
-        state = amplifier._state
+        state = amplifier.bound.settled_state()
         return [tensor.data_ptr() for tensor in (state.values, state.sketch, state.parity)]
 
     model = bare(SHAPES, device=place.device)

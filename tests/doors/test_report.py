@@ -15,8 +15,8 @@ from cases import SHAPES, Place, Stream, bare, put
 from torch import nn
 
 from gradamp_fast import Amplifier, Schedule
-from gradamp_fast.history import LIMIT
-from gradamp_fast.state import State
+from gradamp_fast.reference.state import State
+from gradamp_fast.report.history import LIMIT
 
 QUICK = {"min_steps": 2, "refresh": 2, "factor": 3.0}
 
@@ -175,7 +175,7 @@ def test_an_entry_does_not_change_afterwards() -> None:
 def test_the_history_is_bounded_and_covers_the_whole_run() -> None:
     _, amplifier = stepped(1)
     for call in range(1, 3 * LIMIT):
-        amplifier._state.scalar("step").fill_(call)
+        amplifier.bound.settled_state().scalar("step").fill_(call)
         history = amplifier.record()
     steps = [report.steps for report in history]
     assert len(steps) < LIMIT

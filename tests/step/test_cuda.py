@@ -50,7 +50,7 @@ def mixed(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
 
 def stress(amplifier: Amplifier, **what: Any) -> None:
     """What a step must not depend on: ``Stress`` in csrc/engine.h."""
-    amplifier._backend.compiled.stress(**what)
+    amplifier.bound._backend.compiled.stress(**what)
 
 
 @functools.cache

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from gradamp_fast import Amplifier, Schedule
+from gradamp_fast.backends.backward import BackwardSteps
 from gradamp_fast.backends.torch import TorchBackend
-from gradamp_fast.placement import BackwardSteps
 
 # Everything is selected at the first measured step; every other step is amplified, by 3.
 ALL: dict[str, Any] = {
@@ -56,9 +56,9 @@ def started(model: nn.Module, loss: Callable[[], Tensor], **options: Any) -> Amp
 
 def only(amplifier: Amplifier, *names: str) -> None:
     """As if the last decision had chosen these layers."""
-    column = amplifier._state.column("selected")
-    column.copy_(torch.tensor([float(name in names) for name in amplifier._plan.layers]))
-    amplifier._follow()
+    column = amplifier.bound.settled_state().column("selected")
+    column.copy_(torch.tensor([float(name in names) for name in amplifier.bound.plan.layers]))
+    amplifier.bound.written()
 
 
 def ratios(
@@ -139,7 +139,7 @@ def test_a_tied_parameter_belongs_to_its_first_module() -> None:
     model[4].w = model[2].w
     plain = gradients(model, lambda: model(X).sum())
     amplifier = started(model, lambda: model(X).sum())
-    assert amplifier._plan.layers == ("0", "2")
+    assert amplifier.bound.plan.layers == ("0", "2")
     only(amplifier, "2")
     found = gradients(model, lambda: model(X).sum())
     torch.testing.assert_close(found["0.w"], 3 * plain["0.w"])
@@ -434,7 +434,7 @@ class NoCopyToHost(TorchDispatchMode):
 def test_no_step_waits_for_the_device() -> None:
     model = chain()
     amplifier = started(model, lambda: model(X).sum())
-    address = amplifier._backend.multipliers[torch.float32].data_ptr()
+    address = amplifier.bound._backend.multipliers[torch.float32].data_ptr()
     with NoCopyToHost():
         for epoch in range(2):
             amplifier.set_epoch(epoch)
@@ -442,7 +442,7 @@ def test_no_step_waits_for_the_device() -> None:
             for _ in range(3):
                 gradients(model, lambda: model(X).sum())
                 amplifier.step()
-    assert amplifier._backend.multipliers[torch.float32].data_ptr() == address
+    assert amplifier.bound._backend.multipliers[torch.float32].data_ptr() == address
 
 
 # ---- hooks --------------------------------------------------------------------------
@@ -470,6 +470,17 @@ def test_the_model_is_not_kept_alive() -> None:
     gc.collect()
     assert gone() is None
     assert amplifier.report().steps == 0
+
+
+def test_models_pickled_when_hooks_had_another_home_still_load() -> None:
+    model = chain()
+    amplifier = started(model, lambda: model(X).sum())
+    text = pickle.dumps(model, protocol=0)
+    del amplifier
+    here, before = b"cgradamp_fast.backends.backward\n_Hook", b"cgradamp_fast.placement\n_Hook"
+    assert here in text
+    again = pickle.loads(text.replace(here, before))
+    assert again(X).equal(model(X))
 
 
 @pytest.mark.parametrize(
@@ -533,7 +544,9 @@ def test_sharded_gradients_are_refused() -> None:
     amplifier = Amplifier(chain(), **ALL)
     sharded: Any = SimpleNamespace(sharded=True)
     with pytest.raises(ValueError, match="sharded"):
-        BackwardSteps(TorchBackend, sharded, amplifier._state, amplifier.options, None)
+        BackwardSteps(
+            TorchBackend, sharded, amplifier.bound.settled_state(), amplifier.bound.rules, None
+        )
 
 
 def test_an_attached_optimizer() -> None:

@@ -16,10 +16,10 @@ import torch
 from cases import COMPLEX, REALS, Place, Stream, Twin, bare, bits, put, same_bits
 
 from gradamp_fast import Amplifier, backends, reference
-from gradamp_fast.backends.triton import configuration
-from gradamp_fast.layers import find_layers
+from gradamp_fast.backends.triton.launch import configuration
+from gradamp_fast.model.walk import find_layers
 from gradamp_fast.options import Options
-from gradamp_fast.state import State
+from gradamp_fast.reference.state import State
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -184,7 +184,7 @@ def test_bf16_is_rounded_to_nearest_even() -> None:
     model = bare({"a.w": (gradient.numel(),)}, torch.bfloat16)
     amplifier = PLACE.amplifier(model)
     amplifier.prepare()
-    amplifier._state.column("selected").fill_(1.0)
+    amplifier.bound.settled_state().column("selected").fill_(1.0)
     for factor in (2.0, 1 / 3, 1.0000001e-3):
         amplifier.factor = factor
         put(model, {"a.w": gradient.clone()})
@@ -205,14 +205,16 @@ def outcome(programs: int) -> bytes:
     for _ in range(2):
         put(model, stream.next())
         amplifier.prepare()
-        launches = amplifier._backend.launcher._launch
-        from gradamp_fast.backends.triton_kernels.step import step_kernel
+        launches = amplifier.bound._backend.launcher._launch
+        from gradamp_fast.backends.triton.step import step_kernel
 
         launches.update(dict.fromkeys(launches, step_kernel[(programs,)]))
         amplifier.step()
         out += b"".join(bits(p.grad).numpy().tobytes() for p in model.parameters())
     return (
-        out + amplifier._state.values.numpy().tobytes() + amplifier._state.sketch.numpy().tobytes()
+        out
+        + amplifier.bound.settled_state().values.numpy().tobytes()
+        + amplifier.bound.settled_state().sketch.numpy().tobytes()
     )
 
 
@@ -261,7 +263,7 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
     """Over random states with ties, ineligible layers and scores that are not finite."""
     from interpreted import decide_kernel
 
-    from gradamp_fast.backends.triton_kernels import layers as kernels
+    from gradamp_fast.backends.triton import columns
 
     options = Options.make(rule | {"min_steps": 3})
     plan = find_layers(bare({f"m{i}.w": (1,) for i in range(layers)}), options)
@@ -270,16 +272,16 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         expected, actual = (State(plan, 2.0, torch.device("cpu")) for _ in range(2))
         rows = torch.rand(expected.layers.shape, generator=generator, dtype=torch.float64) + 0.1
         rows = rows.mul(8).round().div(8)  # ties
-        rows[:, kernels.K.value] = (
+        rows[:, columns.STEPS.value] = (
             torch.rand(layers, generator=generator).lt(eligible).double().mul(4)
         )
-        rows[layers // 2, kernels.MEAN_POWER.value] = 0.0  # a score of infinity
-        rows[:, kernels.SELECTED.value] = torch.rand(layers, generator=generator).lt(0.5).double()
+        rows[layers // 2, columns.MEAN_POWER.value] = 0.0  # a score of infinity
+        rows[:, columns.SELECTED.value] = torch.rand(layers, generator=generator).lt(0.5).double()
         for state in (expected, actual):
             state.layers.copy_(rows)
             state.scalar("step").fill_(17.0)
-        reference.decide(expected, options, torch.tensor(5.0))
-        numbers = torch.tensor(configuration(options), dtype=torch.float64)
+        reference.decide(expected, options.rules(), torch.tensor(5.0))
+        numbers = torch.tensor(configuration(options.rules()), dtype=torch.float64)
         decide_kernel[(1,)](
             actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers, 5
         )

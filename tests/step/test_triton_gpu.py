@@ -32,7 +32,7 @@ def run(place: Place, options: dict[str, Any], launches: int = 1) -> list[Any]:
         put(model, stream.next())
         amplifier.prepare()
         if launches == 2:
-            amplifier._backend.launcher.cooperative = False
+            amplifier.bound._backend.launcher.cooperative = False
         amplifier.step()
         left.append([layer.selected for layer in amplifier.report().layers])
         left += [parameter.grad.clone() for parameter in model.parameters()]
@@ -63,7 +63,7 @@ def test_two_launches_have_equal_bits(options: dict[str, Any]) -> None:
 
 def test_compiles_once() -> None:
     """Neither new addresses nor a scale nor another model of the same dtypes compile anew."""
-    from gradamp_fast.backends.triton_kernels.step import step_kernel
+    from gradamp_fast.backends.triton.step import step_kernel
 
     def compiled() -> int:
         return sum(len(caches[0]) for caches in step_kernel.device_caches.values())

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-from .options import Names, Options
+from ..options import Names, Options
 from .plan import Plan, make_plan
 
 # Inserted into names by torch.compile, FSDP and activation checkpointing.

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..call import Call, Outcome
 from .plan import Plan, Slot
 from .shards import is_dtensor, local, refuse_partial
 
 # In the order of DType in csrc/rules/common.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Outcome(enum.IntEnum):
-    """What a backend made of a step."""
-
-    DONE = 0
-    EMPTY = 1  # no parameter has a gradient: nothing changed
-    REBIND = 2  # the model has changed, or may have: walk it, then step again
 
 
 class GradientReader:
@@ -36,18 +26,16 @@ class GradientReader:
         self._had_gradient = [False] * len(plan.slots)
         self._copies: list[tuple[Tensor, Tensor]] = []
 
-    def read(
-        self, only: Sequence[bool] | bytes | None, walked: bool
-    ) -> list[Tensor | None] | Outcome:
+    def read(self, call: Call) -> list[Tensor | None] | Outcome:
         """A flat view for each slot, None where there is no gradient.
 
-        ``only`` masks slots out, as if without gradient. ``walked``: the model has just been
-        walked, so a gradient that went missing is no news. A gradient that is strided without
-        being dense, or lazily conjugated, is copied; ``write_back`` stores what became of it.
+        One that ``call.only`` leaves out is as if without gradient. A gradient that is strided
+        without being dense, or lazily conjugated, is copied; ``write_back`` stores what became of
+        it.
 
         Raises TypeError or ValueError, naming the parameter, before anything is written.
         """
-        plan = self.plan
+        plan, only, walked = self.plan, call.only, call.walked
         self._copies.clear()
         if any(parameter.requires_grad for parameter in plan.watched):
             return Outcome.REBIND
@@ -103,8 +91,16 @@ class GradientReader:
         self._copies.clear()
 
 
-def is_finite(slot: Slot) -> bool:
-    """Whether a gradient has no NaN and no infinity here. Synchronises."""
+def nonfinite_layers(plan: Plan, only: bytes | None) -> list[int]:
+    """The layers that have a NaN or an infinity in a gradient here. Synchronises."""
+    return [
+        slot.layer
+        for index, slot in enumerate(plan.slots[: plan.measured])
+        if (only is None or only[index]) and not _is_finite(slot)
+    ]
+
+
+def _is_finite(slot: Slot) -> bool:
     gradient = slot.parameter.grad if slot.parameter.requires_grad else None
     if gradient is None or gradient.layout != torch.strided:
         return True

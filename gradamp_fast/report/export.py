@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from .report import Report
+from .numbers import Numbers
 
 _SCALARS = (
     "variance", "temporal_variance", "fluctuation", "direction", "score", "factor",
@@ -26,7 +25,7 @@ class ScalarWriter(Protocol):
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object: ...
 
 
-def save(reports: Sequence[Report], path: str | PathLike[str]) -> None:
+def save(reports: Sequence[Numbers], path: str | PathLike[str]) -> None:
     """Writes the reports to ``path``, in the format of its ending.
 
     ``.json`` holds a list of reports, with null for NaN and infinity; ``.csv`` a row for each
@@ -43,7 +42,7 @@ def save(reports: Sequence[Report], path: str | PathLike[str]) -> None:
         raise ValueError(f"path={str(path)!r} must end in .csv or .json")
 
 
-def log_scalars(report: Report, writer: ScalarWriter, step: int) -> None:
+def log_scalars(report: Numbers, writer: ScalarWriter, step: int) -> None:
     """Every finite number as ``gradamp/<layer>/<metric>``, and the report's own as ``gradamp/...``.
 
     Raises TypeError for a writer without ``add_scalar``.
@@ -66,7 +65,7 @@ def log_scalars(report: Report, writer: ScalarWriter, step: int) -> None:
             writer.add_scalar(f"gradamp/{tag}", value, step)
 
 
-def _write_csv(reports: Sequence[Report], path: Path) -> None:
+def _write_csv(reports: Sequence[Numbers], path: Path) -> None:
     rows = []
     for report in reports:
         own = asdict(report)

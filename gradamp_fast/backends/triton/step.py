@@ -16,37 +16,56 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layers import (
-    EXACT,
+from .columns import (
+    ADDRESS_BITS,
+    BUCKET_LOG2,
+    CONFIG_EXACT,
+    DTYPE_SHIFT,
     FIELDS,
+    FIRST_BUCKET,
+    FIRST_TILE,
+    GENERATION,
     GLOBALS,
-    MULTIPLIER,
+    GROUPS,
+    GROUPS_FROM,
+    LAYER,
+    LAYER_TICKETS,
+    NUMEL,
+    PROGRAMS,
     ROW,
+    ROW_MULTIPLIER,
+    ROW_POWER,
     SELECTED,
-    SKIPPED,
+    SKIPPED_STEPS,
+    SPOILT,
     STEP,
+    TENSOR_FIELDS,
+    TILES,
+    TILES_FROM,
+    TILING_FIELDS,
+)
+from .decide import (
     active_factor,
     apply_norm,
     commit,
     is_finite,
     needs_norm,
     next_weight,
+)
+from .tile import (
+    TILE,
+    fold_buckets,
+    measure_elements,
+    multiply_elements,
     store_total,
     total,
 )
-from .tile import TILE, fold_buckets, measure_elements, multiply_elements
 
 MEASURE, MULTIPLY = tl.constexpr(1), tl.constexpr(2)  # phases
-GROUP = tl.constexpr(256)  # tiles of one layer whose sums are added before the layer's are
-
-# Columns of the tables, and places among the tickets.
-TENSOR_FIELDS = tl.constexpr(8)
-NUMEL, FIRST_TILE, FIRST_BUCKET, LAYER, BUCKET_LOG2 = (tl.constexpr(i) for i in range(5))
-LAYER_FIELDS = tl.constexpr(4)
-TILES_FROM, TILES, GROUPS_FROM, GROUPS = (tl.constexpr(i) for i in range(4))
-PROGRAMS, GENERATION, SPOILT, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
-
-DTYPE_SHIFT = tl.constexpr(60)  # an address and the code of the dtype behind it share a word
+# Tiles of one layer that one program adds up before the last one adds the layer's groups. A program
+# looks at WIDTH = 64 rows together, so that even the 65,536 tiles of 268 million elements are added
+# up in two rounds of four looks. (csrc/cuda has groups of 32, a tile for each lane of a warp.)
+GROUP = tl.constexpr(256)
 
 
 @triton.constexpr_function
@@ -79,7 +98,7 @@ def _inverse_scale(grad_scale):
 @triton.jit
 def _publish(tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile, layer, layers, inverse):
     """The last program of a group of tiles adds it up, the last of a layer's groups the layer."""
-    of_layer = layer_tiles + layer * LAYER_FIELDS
+    of_layer = layer_tiles + layer * TILING_FIELDS
     first, tiles = tl.load(of_layer + TILES_FROM), tl.load(of_layer + TILES)
     first_group, groups = tl.load(of_layer + GROUPS_FROM), tl.load(of_layer + GROUPS)
     number = (tile - first) // GROUP
@@ -107,9 +126,9 @@ def _measure_tile(
     info = tensors + tensor * TENSOR_FIELDS
     tagged = tl.load(addresses + tensor)
     dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
-    address = tagged & ((1 << 60) - 1)
+    address = tagged & ADDRESS_BITS
     if address == 0:
-        for i in tl.static_range(8):
+        for i in tl.static_range(ROW):
             tl.store(row + i, inverse * 0.0)
     else:
         first = (tile - tl.load(info + FIRST_TILE)) * TILE
@@ -136,7 +155,7 @@ def _measure_tile(
             else:
                 fold_buckets(before, after, length, inverse, weight, row, 256)
         else:
-            for i in tl.static_range(4, 8):
+            for i in tl.static_range(ROW_POWER, ROW):
                 tl.store(row + i, inverse * 0.0)
 
 
@@ -148,7 +167,7 @@ def _multiply_tile(
     info = tensors + tensor * TENSOR_FIELDS
     tagged = tl.load(addresses + tensor)
     dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
-    address = tagged & ((1 << 60) - 1)
+    address = tagged & ADDRESS_BITS
     if address != 0:
         first = (tile - tl.load(info + FIRST_TILE)) * TILE
         count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
@@ -200,7 +219,7 @@ def _conclude(
 @triton.jit
 def _skip(values):
     tl.store(values + STEP, tl.load(values + STEP) + 1.0)
-    tl.store(values + SKIPPED, tl.load(values + SKIPPED) + 1.0)
+    tl.store(values + SKIPPED_STEPS, tl.load(values + SKIPPED_STEPS) + 1.0)
 
 
 # Numbers whose values change nothing in what is compiled.
@@ -229,7 +248,7 @@ def step_kernel(
     norm = needs_norm(config)
     inverse = _inverse_scale(grad_scale)
     rescale = tl.where(unscale != 0, inverse, 1.0)
-    write_now = (tl.load(config + EXACT) == 0) & (not norm)
+    write_now = (tl.load(config + CONFIG_EXACT) == 0) & (not norm)
     generation = tl.load(tickets + GENERATION, cache_modifier=".cg")
     halted = program < 0
     if ((phases & MEASURE) != 0) & (found_inf != 0):
@@ -284,5 +303,5 @@ def step_kernel(
                 tensor = tl.load(tile_tensor + tile).to(tl.int64)
                 layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
                 row = layer_rows + tl.where(layer < 0, layers, layer) * ROW
-                multiplier = tl.load(row + MULTIPLIER, cache_modifier=".cg") * common
+                multiplier = tl.load(row + ROW_MULTIPLIER, cache_modifier=".cg") * common
                 _multiply_tile(tensors, addresses, tensor, tile, multiplier, DTYPES, BY_BITS)

@@ -1,4 +1,4 @@
-"""Addresses of the gradients: read in Python, kept on the device."""
+"""Reads the gradients, in Python, as words for the kernel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...gradients import DTYPES, GradientReader, Outcome
-from ...plan import Plan
-from . import step
+from ...call import Call, Outcome
+from ...model.gradients import DTYPES, GradientReader
+from ...model.plan import Plan
+from .columns import DTYPE_SHIFT
 
 # The kernel's codes for dtypes are their places in DTYPES.
 DTYPE_BITS = {dtype: 1 << code for code, dtype in enumerate(DTYPES)}
-_TAGS = {dtype: code << step.DTYPE_SHIFT.value for code, dtype in enumerate(DTYPES)}
+_TAGS = {dtype: code << DTYPE_SHIFT.value for code, dtype in enumerate(DTYPES)}
 
 
 class _Known(NamedTuple):
@@ -37,7 +38,7 @@ class GradientAddresses:
         self.reader = GradientReader(plan, device)
         self.device = device
         self.words: list[int] = []
-        self.gradients: list[Tensor] = []  # that were read last, until they are taken
+        self._gradients: list[Tensor] = []  # that were read last, until they are written
         self.dtypes = 0  # a bit for each that was ever there
         self._parameters = [slot.parameter for slot in plan.slots]
         self._empty = [slot.numel == 0 for slot in plan.slots]
@@ -51,21 +52,30 @@ class GradientAddresses:
         for dtype in {tensor.dtype for tensor in tensors}:
             self.dtypes |= DTYPE_BITS.get(dtype.to_real() if dtype.is_complex else dtype, 0)
 
-    def read(self, only: bytes | None, walked: bool) -> Outcome:
+    def read(self, call: Call) -> Outcome:
         """Fills ``words`` and ``gradients``; raises what the reader raises."""
-        if self._as_before(only):
+        if self._as_before(call.only):
             return Outcome.DONE
         self._known = None
-        flat = self.reader.read(only, walked)
+        flat = self.reader.read(call)
         if isinstance(flat, Outcome):
             return flat
         self.words = [
             0 if g is None or g.numel() == 0 else g.data_ptr() | _TAGS[g.dtype] for g in flat
         ]
-        self.gradients = [g for g in flat if g is not None]
-        self.expect(self.gradients)
-        self._learn(only, flat)
+        self._gradients = [g for g in flat if g is not None]
+        self.expect(self._gradients)
+        self._learn(call.only, flat)
         return Outcome.DONE
+
+    def written(self, found_inf: Tensor | None) -> None:
+        """Tells torch that the kernel wrote to what was read, and lets go of it."""
+        written, self._gradients = self._gradients, []
+        # Which ones were written is known on the device only.
+        torch.autograd.graph.increment_version(
+            written if found_inf is None else [*written, found_inf]
+        )
+        self.reader.write_back()
 
     def _learn(self, only: bytes | None, flat: list[Tensor | None]) -> None:
         known: list[_Known | None] = []
@@ -109,56 +119,5 @@ class GradientAddresses:
             else:
                 gradients.append(gradient)
                 words.append(0 if self._empty[index] else gradient.data_ptr() | known.tag)
-        self.words, self.gradients = words, gradients
+        self.words, self._gradients = words, gradients
         return True
-
-
-class AddressTable:
-    """A table of words on the device, uploaded when one has changed.
-
-    A step that is captured in a CUDA graph gets a table of its own, copied from pinned memory
-    that nothing writes again: the graph copies it at every replay.
-    """
-
-    SPARES = 8  # steps with different addresses that may be captured without an eager one between
-
-    def __init__(self, tensors: int, device: torch.device) -> None:
-        self.device = device
-        self._words: list[int] = []
-        self._table = torch.zeros(tensors, dtype=torch.int64, device=device)
-        self._captured: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self._spares: list[tuple[Tensor, Tensor]] = []
-        self._refill()
-
-    def _refill(self) -> None:
-        while self.device.type == "cuda" and len(self._spares) < self.SPARES:
-            pinned = torch.zeros(self._table.numel(), dtype=torch.int64, pin_memory=True)
-            self._spares.append((pinned, torch.zeros_like(self._table)))
-
-    def upload(self, words: list[int]) -> Tensor:
-        """The words on the device: int64 [tensors]."""
-        if self.device.type != "cuda":
-            self._table.copy_(torch.tensor(words, dtype=torch.int64))
-        elif torch.cuda.is_current_stream_capturing():
-            return self._capture(tuple(words))
-        elif words != self._words:
-            self._refill()
-            # torch's allocator of pinned memory keeps the block until the copy is made.
-            staged = torch.tensor(words, dtype=torch.int64, pin_memory=True)
-            self._table.copy_(staged, non_blocking=True)
-            self._words = words
-        return self._table
-
-    def _capture(self, words: tuple[int, ...]) -> Tensor:
-        if words not in self._captured:
-            if not self._spares:
-                raise RuntimeError(
-                    f"{self.SPARES} steps with different gradients were captured in CUDA graphs "
-                    "without an eager one between: take an eager step first"
-                )
-            pinned, table = self._spares.pop()
-            pinned.copy_(torch.tensor(words, dtype=torch.int64))
-            self._captured[words] = pinned, table
-        pinned, table = self._captured[words]
-        table.copy_(pinned, non_blocking=True)
-        return table

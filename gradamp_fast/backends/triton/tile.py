@@ -13,9 +13,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .columns import (
+    ROW,
+    ROW_AFTER,
+    ROW_BEFORE,
+    ROW_COUNT,
+    ROW_DOT,
+    ROW_M2,
+    ROW_MEAN,
+    ROW_POWER,
+    ROW_SUM,
+)
+
 LANES = tl.constexpr(32)
 BLOCK = tl.constexpr(1024)
 TILE = tl.constexpr(4096)  # elements of one tensor that one program measures at a time
+WIDTH = tl.constexpr(64)  # rows of sums, or layers, that one program looks at together
 
 # Squares of sums outside this range are taken again, scaled into the range of fp32.
 SMALL, LARGE = tl.constexpr(1e-28), tl.constexpr(1e34)
@@ -221,10 +234,10 @@ def measure_elements(
             y = tl.reshape(_narrow(x * factor, ELEMENT, BY_BITS), [BLOCK])
             tl.store(pointer + offsets, y, mask=valid)
 
-    tl.store(row, count.to(tl.float64))
-    tl.store(row + 1, centre)
-    tl.store(row + 2, tl.sum(sums, axis=0))
-    tl.store(row + 3, tl.sum(squares, axis=0))
+    tl.store(row + ROW_COUNT, count.to(tl.float64))
+    tl.store(row + ROW_MEAN, centre)
+    tl.store(row + ROW_SUM, tl.sum(sums, axis=0))
+    tl.store(row + ROW_M2, tl.sum(squares, axis=0))
 
 
 @triton.jit
@@ -277,7 +290,63 @@ def fold_buckets(before, after, count, inverse, weight, row, WIDTH: tl.constexpr
         dot += tl.sum(s * h, axis=0)
         old += tl.sum(h * h, axis=0)
         new += tl.sum(mean * mean, axis=0)
-    tl.store(row + 4, power)
-    tl.store(row + 5, dot)
-    tl.store(row + 6, old)
-    tl.store(row + 7, new)
+    tl.store(row + ROW_POWER, power)
+    tl.store(row + ROW_DOT, dot)
+    tl.store(row + ROW_BEFORE, old)
+    tl.store(row + ROW_AFTER, new)
+
+
+# ---- several tiles ----------------------------------------------------------------------
+
+
+@triton.jit
+def total(rows, count):
+    """Moments and sketch sums of ``count`` rows, in a fixed order; a row of count 0 is none.
+
+    Rows were written by other programs: they are read past the first-level cache.
+    """
+    n = tl.zeros([WIDTH], tl.float64)
+    mean = tl.zeros([WIDTH], tl.float64)
+    m2 = tl.zeros([WIDTH], tl.float64)
+    power = tl.zeros([WIDTH], tl.float64)
+    dot = tl.zeros([WIDTH], tl.float64)
+    old = tl.zeros([WIDTH], tl.float64)
+    new = tl.zeros([WIDTH], tl.float64)
+    for begin in range(0, count, WIDTH):
+        index = begin + tl.arange(0, WIDTH)
+        inside = index < count
+        row = rows + index * ROW
+        row_n = tl.load(row + ROW_COUNT, mask=inside, other=0.0, cache_modifier=".cg")
+        share = 1.0 / tl.maximum(row_n, 1.0)
+        d = tl.load(row + ROW_SUM, mask=inside, other=0.0, cache_modifier=".cg")
+        row_mean = tl.load(row + ROW_MEAN, mask=inside, other=0.0, cache_modifier=".cg") + d * share
+        row_m2 = tl.load(row + ROW_M2, mask=inside, other=0.0, cache_modifier=".cg") - d * d * share
+        delta = row_mean - mean
+        part = row_n / tl.maximum(n + row_n, 1.0)
+        mean += delta * part
+        m2 += tl.where(row_m2 < 0, 0.0, row_m2) + delta * delta * n * part
+        n += row_n
+        power += tl.load(row + ROW_POWER, mask=inside, other=0.0, cache_modifier=".cg")
+        dot += tl.load(row + ROW_DOT, mask=inside, other=0.0, cache_modifier=".cg")
+        old += tl.load(row + ROW_BEFORE, mask=inside, other=0.0, cache_modifier=".cg")
+        new += tl.load(row + ROW_AFTER, mask=inside, other=0.0, cache_modifier=".cg")
+    count_of_all = tl.sum(n, axis=0)
+    mean_of_all = tl.sum(n * mean, axis=0) / tl.maximum(count_of_all, 1.0)
+    delta = mean - mean_of_all
+    m2_of_all = tl.sum(m2 + n * delta * delta, axis=0)
+    return (
+        count_of_all, mean_of_all, m2_of_all,
+        tl.sum(power, axis=0), tl.sum(dot, axis=0), tl.sum(old, axis=0), tl.sum(new, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_total(row, n, mean, m2, power, dot, old, new):
+    tl.store(row + ROW_COUNT, n)
+    tl.store(row + ROW_MEAN, mean)
+    tl.store(row + ROW_SUM, n * 0.0)
+    tl.store(row + ROW_M2, m2)
+    tl.store(row + ROW_POWER, power)
+    tl.store(row + ROW_DOT, dot)
+    tl.store(row + ROW_BEFORE, old)
+    tl.store(row + ROW_AFTER, new)

@@ -1,24 +1,31 @@
-"""What the steps so far left behind, in three tensors on the gradients' device."""
+"""What the steps so far left behind, in three tensors on the gradients' device.
+
+The lists of the state's fields and of the options' values stand here once. The compiled extension
+has its own, in csrc/rules/state.h, which are compared with these before it is used; the constants
+of the Triton kernels are made of these.
+"""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from ..model.plan import Plan
+from ..options import Measure, ScheduleUnit, Select, Threshold
 
-# The same names, in the same order, as in csrc/rules/state.h; the extension is held to them.
-GLOBALS = (
+GLOBAL_FIELDS = (
     "step",  # calls so far, skipped ones included
-    "skipped_steps",
+    "skipped_steps",  # of these
     "epoch",  # -1: never set
     "threshold",  # of the last decision; NaN before the first
     "factor",
     "total_norm",  # before clipping
     "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
-    "unmeasured_skipped",
+    "unmeasured_skipped",  # of these
 )
-FIELDS = (
+LAYER_FIELDS = (
     "steps",  # k
     "weight_sum",  # W_k = 1 + decay W_{k-1}; the newest step weighs 1 / W_k
     "variance",  # V
@@ -30,21 +37,28 @@ FIELDS = (
     "amplified_steps",  # counted steps on which the layer was multiplied
     "changed_at",  # step number at which "selected" last changed
 )
-_AVERAGES = FIELDS[: FIELDS.index("selected")]
+# A kernel is told a value by its place here.
+ENUMS: dict[str, tuple[str, ...]] = {
+    "measure": get_args(Measure),
+    "threshold": get_args(Threshold),
+    "select": get_args(Select),
+    "schedule_unit": get_args(ScheduleUnit),
+}
+_AVERAGES = LAYER_FIELDS[: LAYER_FIELDS.index("selected")]
 
 
 class State:
     """State of one plan; the tensors' addresses stay for life, everything writes in place.
 
     Attributes:
-        values: fp64 [8 + 10 layers]: the globals, then each layer's fields.
+        values: fp64 [globals + layers x fields]: the globals, then each layer's fields.
         sketch: fp32 [2, buckets]: running means of the buckets, double-buffered.
         parity: int32 [measured tensors]: the row of ``sketch`` that holds a tensor's means.
     """
 
     def __init__(self, plan: Plan, factor: float, device: torch.device) -> None:
         self.factor = factor
-        numbers = len(GLOBALS) + len(FIELDS) * len(plan.layers)
+        numbers = len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(plan.layers)
         self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
         self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
         self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
@@ -56,16 +70,16 @@ class State:
 
     @property
     def layers(self) -> Tensor:
-        """View of the layers' fields: fp64 [layers, 10]."""
-        return self.values[len(GLOBALS) :].view(-1, len(FIELDS))
+        """View of the layers' fields: fp64 [layers, fields]."""
+        return self.values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))
 
     def scalar(self, name: str) -> Tensor:
         """View of a global: fp64 []."""
-        return self.values[GLOBALS.index(name)]
+        return self.values[GLOBAL_FIELDS.index(name)]
 
     def column(self, name: str) -> Tensor:
         """View of one field of all layers: fp64 [layers]."""
-        return self.layers[:, FIELDS.index(name)]
+        return self.layers[:, LAYER_FIELDS.index(name)]
 
     def on_host(self) -> State:
         """A copy of the numbers on the CPU, without the sketch: one transfer."""
@@ -108,7 +122,7 @@ class State:
 
         A tensor whose size changed, or how it is cut, makes its layer begin anew.
         """
-        self.values[: len(GLOBALS)] = old.values[: len(GLOBALS)]
+        self.values[: len(GLOBAL_FIELDS)] = old.values[: len(GLOBAL_FIELDS)]
         before = {slot.name: slot for slot in old_plan.slots[: old_plan.measured]}
         measured = plan.slots[: plan.measured]
         changed = {s.layer for s in measured if not s.is_like(before.get(s.name, s))}

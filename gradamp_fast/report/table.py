@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .numbers import LayerReport, Numbers
+
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from .report import LayerReport, Report
 
 # Left out, in this order, where the terminal is too narrow for all columns.
 _DISPENSABLE = ("threshold", "temporal variance", "steps", "elements", "direction")
@@ -28,7 +28,7 @@ class Column:
         return max(map(len, [*self.heading.split(), *self.cells]))
 
 
-def columns(report: Report) -> list[Column]:
+def columns(report: Numbers) -> list[Column]:
     """The layers' names, then everything else, right-aligned."""
 
     def amplified(layer: LayerReport) -> str:
@@ -54,7 +54,7 @@ def columns(report: Report) -> list[Column]:
     ]
 
 
-def caption(report: Report) -> str:
+def caption(report: Numbers) -> str:
     """The decision, and how many steps the table covers."""
     selected = sum(layer.selected for layer in report.layers)
     decision = "no decision yet"
@@ -64,7 +64,7 @@ def caption(report: Report) -> str:
     return f"{decision}; {report.steps:,} steps, {report.skipped_steps:,} skipped"
 
 
-def plain(report: Report) -> str:
+def plain(report: Numbers) -> str:
     """All columns, one line a layer, and a caption."""
     shown = columns(report)
     headings = [column.heading.replace("- ", "").split() for column in shown]
@@ -79,7 +79,7 @@ def plain(report: Report) -> str:
     return "\n".join([*lines, caption(report)])
 
 
-def rich_table(report: Report, width: int) -> Table:
+def rich_table(report: Numbers, width: int) -> Table:
     """The same for rich, as many columns as fit in ``width`` characters."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -105,7 +105,7 @@ def rich_table(report: Report, width: int) -> Table:
     return table
 
 
-def render(report: Report) -> str:
+def render(report: Numbers) -> str:
     """Rich's table if the standard output is a terminal and rich is there, else plain text."""
     try:
         from rich.console import Console
@@ -115,5 +115,5 @@ def render(report: Report) -> str:
     if not console.is_terminal:
         return plain(report)
     with console.capture() as captured:
-        console.print(report)
+        console.print(rich_table(report, console.width))
     return captured.get().rstrip("\n")

@@ -8,54 +8,19 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from . import export, reference, table
-from .options import Measure, Options, Select
-from .plan import Plan
-from .state import FIELDS, GLOBALS, State
+from .. import reference
+from ..model.plan import Plan
+from ..options import Rules
+from ..reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
+from . import export, table
+from .numbers import LayerReport, Numbers
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer.
-
-    Attributes:
-        numel: elements of its gradients.
-        steps: steps that its averages cover.
-        variance: running variance across the gradient's elements, averaged over time.
-        temporal_variance: variance over time of the mean element, from the sketch.
-        fluctuation: ln(F/R); 0 uncorrelated steps, below 0 steady, above 0 oscillating.
-        direction: running cosine between a step's gradient and the mean before it.
-        score: the chosen measure's value now.
-        selected: the decision taken last.
-        factor: what its gradients are multiplied by now; 1 outside all windows of the schedule.
-        amplified_steps: counted steps on which they were.
-        amplified_share: the same as a share of all counted steps; 0 before the first.
-        changed_at: step number at which ``selected`` last changed.
-        steps_since_change: steps since then; None if it never was selected.
-    """
-
-    name: str
-    numel: int
-    steps: int
-    variance: float
-    temporal_variance: float
-    fluctuation: float
-    direction: float
-    score: float
-    selected: bool
-    factor: float
-    amplified_steps: int
-    amplified_share: float
-    changed_at: int
-    steps_since_change: int | None
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(Numbers):
     """All layers at one moment.
 
     Attributes:
@@ -64,14 +29,6 @@ class Report:
         epoch: as ``set_epoch`` told it last; None if it never did.
         measure, select: the options that the decision follows.
     """
-
-    layers: tuple[LayerReport, ...]
-    threshold: float
-    steps: int
-    skipped_steps: int
-    epoch: int | None
-    measure: Measure
-    select: Select
 
     def __str__(self) -> str:
         return table.plain(self)
@@ -91,34 +48,34 @@ class Snapshot:
     layers: tuple[str, ...]
     layer_numel: tuple[int, ...]
     state: State
-    options: Options
+    rules: Rules
 
 
-def take_snapshot(plan: Plan, state: State, options: Options) -> Snapshot:
+def take_snapshot(plan: Plan, state: State, rules: Rules) -> Snapshot:
     """One device-to-host copy."""
-    return Snapshot(plan.layers, plan.layer_numel, state.on_host(), options)
+    return Snapshot(plan.layers, plan.layer_numel, state.on_host(), rules)
 
 
 def make_report(snapshot: Snapshot) -> Report:
     """Host arithmetic alone."""
-    state, options = snapshot.state, snapshot.options
-    values = dict(zip(GLOBALS, state.values[: len(GLOBALS)].tolist(), strict=True))
+    state, rules = snapshot.state, snapshot.rules
+    values = dict(zip(GLOBAL_FIELDS, state.values[: len(GLOBAL_FIELDS)].tolist(), strict=True))
     step = int(values["step"] + values["unmeasured_steps"])
     skipped = int(values["skipped_steps"] + values["unmeasured_skipped"])
-    apart = (options.measure_every or 10) if options.placement == "backward" else 1
     fluctuation, direction, score = (
         values.tolist()
         for values in (
             reference.scores(state.layers, "fluctuation"),
             reference.scores(state.layers, "direction"),
-            reference.chosen_scores(state, options, reference.last_decision(state, options)),
+            reference.chosen_scores(state, rules, reference.last_decision(state, rules)),
         )
     )
-    factor = float(reference.active_factor(state, options))
+    factor = float(reference.active_factor(state, rules))
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
-        row = dict(zip(FIELDS, state.layers[index].tolist(), strict=True))
-        selected, changed_at = row["selected"] != 0, min(int(row["changed_at"]) * apart, step)
+        row = dict(zip(LAYER_FIELDS, state.layers[index].tolist(), strict=True))
+        selected = row["selected"] != 0
+        changed_at = min(int(row["changed_at"]) * rules.measure_every, step)
         temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
         layers.append(
             LayerReport(
@@ -146,6 +103,6 @@ def make_report(snapshot: Snapshot) -> Report:
         steps=step,
         skipped_steps=skipped,
         epoch=int(values["epoch"]) if values["epoch"] >= 0 else None,
-        measure=options.measure,
-        select=options.select,
+        measure=rules.measure,
+        select=rules.select,
     )
