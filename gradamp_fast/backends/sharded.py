@@ -20,7 +20,8 @@ from ..reference import Sums
 from ..reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 from .stepping import Measuring, Stepping
 
-# Below this share of the sum of squares a sum of squared deviations is rounding of the former.
+# A sum of squared deviations below this share of the sum of squares is nothing but the rounding of
+# the latter: 1e-13 is 450 times fp64's resolution.
 _RESOLUTION = 1e-13
 # What backends write has a column more than Sums: csrc/rules/state.h pads its rows.
 SUMS_COLUMNS = 8
@@ -79,7 +80,7 @@ class ShardedBackend(Stepping):
 
             def commit() -> None:
                 counted = reference.commit(state, rules, added_up()[0], measured, before)
-                reference.mark(call.found_inf, counted)
+                reference.mark_found_inf(call.found_inf, counted)
 
             self._pending = commit
             if call.found_inf is not None:
@@ -126,7 +127,7 @@ class ShardedBackend(Stepping):
         if self.rules.needs_norm:
             excluded = reference.excluded_squares(self.plan, gradients, before.inverse, self.copies)
             last[:, Sums._fields.index("m2")] = excluded
-        table = torch.cat((table, last)).masked_fill_(before.halted, torch.nan)
+        table = torch.cat((table, last)).masked_fill_(before.skipped, torch.nan)
         work = dist.all_reduce(table, group=self.group, async_op=True)
 
         def wait() -> tuple[Sums, Tensor]:

@@ -45,7 +45,7 @@ class TorchBackend(Measuring):
                 before.selected,
                 before.factor,
                 before.inverse if call.unscale else torch.ones_like(before.inverse),
-                ~before.halted,
+                ~before.skipped,
             )
 
     @staticmethod

@@ -76,7 +76,7 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
         """``state`` is the checkpoint's in a resumed run; the Trainer leaves our part to us."""
         assert self.amplifier is not None
         self._epoch = int(state.epoch)
-        # the Trainer looks the key up when it saves; a checkpoint from before may be without
+        # The Trainer looks the key up when it saves, and an older checkpoint may be without.
         found = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if state.global_step == 0:
             return

@@ -9,8 +9,11 @@ from torch.nn import Parameter
 
 from .shards import Shard, local, shard_of
 
-BUCKET_ALIGNMENT = 16  # a tensor's buckets begin at a multiple of this in a row of the sketch
+# A tensor's buckets begin at a multiple of this in a row of the sketch: at 64 bytes, so that the
+# widest vectors find them aligned.
+BUCKET_ALIGNMENT = 16
 SIGN_WORD = 32  # elements whose signs are the bits of one hash
+SHORT_BUCKET_LOG2, LONG_BUCKET_LOG2 = 4, 9  # buckets of 16 and of 512 elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,7 @@ class Slot:
 
     @property
     def first_word(self) -> int:
-        """Of the signs: the index of the first element that is here, divided by 32."""
+        """Index of the first word of signs that is here: of the first element, divided by 32."""
         return 0 if self.shard is None else self.shard.first // SIGN_WORD
 
     @property
@@ -114,8 +117,14 @@ class Plan:
 
 
 def bucket_log2(numel: int) -> int:
-    """Buckets hold 1, 16 or 512 elements, by the size of their tensor."""
-    return 0 if numel < 4096 else 4 if numel < 131072 else 9
+    """Buckets hold 1, 16 or 512 elements, by the size of their tensor.
+
+    So small tensors have buckets enough for a cosine, and the sketch of a large one is below 1 %
+    of its size.
+    """
+    if numel < 4096:
+        return 0
+    return SHORT_BUCKET_LOG2 if numel < 131072 else LONG_BUCKET_LOG2
 
 
 def make_plan(

@@ -23,33 +23,20 @@ from .decide import (
 from .moments import merge, moments_of
 from .sketch import bucket_sums, signs
 from .state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS, State
-from .step import excluded_squares, finish, mark, measure, multiply, standing, step, touched
+from .step import (
+    excluded_squares,
+    finish,
+    mark_found_inf,
+    measure,
+    multiply,
+    standing,
+    step,
+    touched,
+)
 
 __all__ = [
-    "ENUMS",
-    "GLOBAL_FIELDS",
-    "LAYER_FIELDS",
-    "Standing",
-    "State",
-    "Sums",
-    "active_factor",
-    "bucket_sums",
-    "chosen_scores",
-    "commit",
-    "decide",
-    "draws",
-    "excluded_squares",
-    "finish",
-    "last_decision",
-    "mark",
-    "measure",
-    "merge",
-    "moments_of",
-    "multiply",
-    "scores",
-    "signs",
-    "standing",
-    "step",
-    "step_number",
-    "touched",
-]
+    "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "Standing", "State", "Sums", "active_factor",
+    "bucket_sums", "chosen_scores", "commit", "decide", "draws", "excluded_squares", "finish",
+    "last_decision", "mark_found_inf", "measure", "merge", "moments_of", "multiply", "scores",
+    "signs", "standing", "step", "step_number", "touched",
+]  # fmt: skip

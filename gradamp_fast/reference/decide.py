@@ -212,7 +212,7 @@ class Standing(NamedTuple):
     """What holds at a step's beginning."""
 
     inverse: Tensor  # what gradients are multiplied by before they count: fp64 []
-    halted: Tensor  # whether the step is to be skipped: bool []
+    skipped: Tensor  # whether ``found_inf`` asks for that: bool []
     factor: Tensor  # what selected layers are multiplied by: fp64 []
     selected: Tensor  # fp64 [layers], 0 or 1
 
@@ -223,11 +223,11 @@ def commit(
 ) -> Tensor:
     """Folds one step's sums into the state and decides; whether the step counts: bool [].
 
-    ``measured`` are the slots whose running means ``measure`` has written. A halted step does
-    not count.
+    ``measured`` are the slots whose running means ``measure`` has written. A step that is
+    skipped on entry does not count.
     """
     factor = before.factor
-    counted = sums.finite() & ~before.halted
+    counted = sums.finite() & ~before.skipped
     present = counted & (sums.numel > 0)
     amplified = present & (state.column("selected") != 0) & (factor != 1)
     updated = _updated(state.layers, sums, 0 if rules.exact else amplified, rules.decay)

@@ -144,7 +144,7 @@ def finish(
             state, rules, sums, selected, before.factor, excluded, counted
         )
     multiply(plan, gradients, selected, before.factor, coefficient, counted)
-    mark(call.found_inf, counted)
+    mark_found_inf(call.found_inf, counted)
 
 
 @torch.no_grad()
@@ -172,7 +172,7 @@ def _multiply(gradient: Tensor, multiplier: Tensor) -> None:
     gradient.copy_(torch.where(multiplier == 1, gradient, product))
 
 
-def mark(found_inf: Tensor | None, counted: Tensor) -> None:
+def mark_found_inf(found_inf: Tensor | None, counted: Tensor) -> None:
     """Sets ``found_inf`` to 1 where the step does not count and it is 0."""
     if found_inf is not None:
         keep = counted | (found_inf != 0)

@@ -70,7 +70,7 @@ def _write_csv(reports: Sequence[Numbers], path: Path) -> None:
     for report in reports:
         own = asdict(report)
         layers = own.pop("layers")
-        # a layer counts steps of its own
+        # A layer has a column "steps", too: the steps that its averages cover.
         shared = {"run_steps" if name == "steps" else name: value for name, value in own.items()}
         rows += [shared | layer for layer in layers]
     with path.open("w", newline="") as file:

@@ -9,7 +9,7 @@ from typing import overload
 from . import export
 from .report import Report, Snapshot, make_report
 
-LIMIT = 512  # entries; even
+LIMIT = 512  # entries; even, since every second one is let go
 
 
 class History(Sequence[Report]):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from ...model.gradients import DTYPES
+from ...model.plan import LONG_BUCKET_LOG2, SHORT_BUCKET_LOG2
 from ...reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS
 
 
@@ -69,9 +71,15 @@ TENSOR_FIELDS = tl.constexpr(8)  # five and padding
 NUMEL, FIRST_TILE, FIRST_BUCKET, LAYER, BUCKET_LOG2 = (tl.constexpr(i) for i in range(5))
 TILING_FIELDS = tl.constexpr(4)  # of each layer
 TILES_FROM, TILES, GROUPS_FROM, GROUPS = (tl.constexpr(i) for i in range(4))
-# Tickets: of programs, the count of steps, whether a layer is not finite, then those of the layers
-# and of the groups of tiles.
-PROGRAMS, GENERATION, SPOILT, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
+# Programs that are done, steps that are, whether a layer is not finite; then for each layer its
+# groups that are done, and for each group its tiles.
+PROGRAMS, GENERATION, NONFINITE, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
 
 # An address and the code of the dtype behind it share a word.
 DTYPE_SHIFT, ADDRESS_BITS = tl.constexpr(60), tl.constexpr((1 << 60) - 1)
+DTYPE_COUNT = tl.constexpr(len(DTYPES))
+
+# ---- the sketch -------------------------------------------------------------------------
+
+SHORT_LOG2, LONG_LOG2 = tl.constexpr(SHORT_BUCKET_LOG2), tl.constexpr(LONG_BUCKET_LOG2)
+SHORT, LONG = tl.constexpr(1 << SHORT_BUCKET_LOG2), tl.constexpr(1 << LONG_BUCKET_LOG2)

@@ -20,9 +20,10 @@ from .tables import AddressTable, Tables
 INTERPRETED: bool = knobs.runtime.interpret
 _MEASURE: int = step.MEASURE.value
 _MULTIPLY: int = step.MULTIPLY.value
-# Programs on a processor at a time: as many as every GPU takes, if registers allow.
+# Programs that run on a processor at a time: every GPU takes so many, if registers allow.
 _MAX_PROGRAMS = 16
-# Of a processor; a warp's registers all lie in one of its quarters.
+# A processor has so many registers, in four quarters; a warp has all of its own in one quarter, and
+# gets them by eight for each thread.
 _REGISTERS, _QUARTERS, _WARP, _GRANULE = 65536, 4, 32, 8
 
 

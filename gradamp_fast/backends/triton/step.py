@@ -20,6 +20,7 @@ from .columns import (
     ADDRESS_BITS,
     BUCKET_LOG2,
     CONFIG_EXACT,
+    DTYPE_COUNT,
     DTYPE_SHIFT,
     FIELDS,
     FIRST_BUCKET,
@@ -30,6 +31,8 @@ from .columns import (
     GROUPS_FROM,
     LAYER,
     LAYER_TICKETS,
+    LONG_LOG2,
+    NONFINITE,
     NUMEL,
     PROGRAMS,
     ROW,
@@ -37,7 +40,6 @@ from .columns import (
     ROW_POWER,
     SELECTED,
     SKIPPED_STEPS,
-    SPOILT,
     STEP,
     TENSOR_FIELDS,
     TILES,
@@ -54,6 +56,7 @@ from .decide import (
 )
 from .tile import (
     TILE,
+    WIDTH,
     fold_buckets,
     measure_elements,
     multiply_elements,
@@ -70,7 +73,7 @@ GROUP = tl.constexpr(256)
 
 @triton.constexpr_function
 def element(code):
-    """The dtype of a code."""
+    """The dtype of a code: in the order of ``DTYPES`` in model/gradients.py."""
     return (tl.float32, tl.bfloat16, tl.float16, tl.float64)[code]
 
 
@@ -115,7 +118,7 @@ def _publish(tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile, laye
             store_total(layer_rows + layer * ROW, n, mean, m2, power, dot, old, new)
             sound = is_finite(m2 + n * mean * mean) & is_finite(power + new) & is_finite(dot)
             if (layer < layers) & (n > 0) & (not sound):
-                tl.store(tickets + SPOILT, 1)
+                tl.store(tickets + NONFINITE, 1)
 
 
 @triton.jit
@@ -139,7 +142,7 @@ def _measure_tile(
             side = tl.load(parity + tensor).to(tl.int64)
             place = sketch + tl.load(info + FIRST_BUCKET) + (first >> bucket_log2)
             before, after = place + side * buckets, place + (1 - side) * buckets
-        for code in tl.static_range(4):
+        for code in tl.static_range(DTYPE_COUNT):
             if (DTYPES >> code) & 1:
                 if dtype == code:
                     measure_elements(
@@ -150,7 +153,7 @@ def _measure_tile(
         if bucket_log2 >= 0:
             weight = next_weight(values, tl.load(info + LAYER), config)
             length = (count + (1 << bucket_log2) - 1) >> bucket_log2
-            if bucket_log2 == 9:
+            if bucket_log2 == LONG_LOG2:  # a tile has eight of them
                 fold_buckets(before, after, length, inverse, weight, row, 8)
             else:
                 fold_buckets(before, after, length, inverse, weight, row, 256)
@@ -171,7 +174,7 @@ def _multiply_tile(
     if address != 0:
         first = (tile - tl.load(info + FIRST_TILE)) * TILE
         count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
-        for code in tl.static_range(4):
+        for code in tl.static_range(DTYPE_COUNT):
             if (DTYPES >> code) & 1:
                 if dtype == code:
                     multiply_elements(address, first, count, multiplier, element(code), BY_BITS)
@@ -195,10 +198,10 @@ def _conclude(
     """By the last program, when every tile is measured."""
     factor = active_factor(values, config)
     coefficient = factor * 0.0 + 1.0
-    spoilt = tl.load(tickets + SPOILT, cache_modifier=".cg") != 0
-    if spoilt:
-        tl.store(tickets + SPOILT, 0)
-        _skip(values)
+    nonfinite = tl.load(tickets + NONFINITE, cache_modifier=".cg") != 0
+    if nonfinite:
+        tl.store(tickets + NONFINITE, 0)
+        _record_skipped_step(values)
         if found_inf != 0:
             tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0)
     else:
@@ -206,18 +209,18 @@ def _conclude(
         tl.debug_barrier()
         if needs_norm(config):
             coefficient = apply_norm(values, config, layer_rows, layers)
-        for begin in range(0, measured, 128):
-            index = begin + tl.arange(0, 128)
+        for begin in range(0, measured, WIDTH):
+            index = begin + tl.arange(0, WIDTH)
             inside = index < measured
             here = tl.load(addresses + index, mask=inside, other=0) != 0
             side = tl.load(parity + index, mask=inside, other=0)
             tl.store(parity + index, 1 - side, mask=inside & here)
-    tl.store(verdict, tl.where(spoilt, 0.0, 1.0).to(tl.float64))
+    tl.store(verdict, tl.where(nonfinite, 0.0, 1.0).to(tl.float64))
     tl.store(verdict + 1, coefficient)
 
 
 @triton.jit
-def _skip(values):
+def _record_skipped_step(values):
     tl.store(values + STEP, tl.load(values + STEP) + 1.0)
     tl.store(values + SKIPPED_STEPS, tl.load(values + SKIPPED_STEPS) + 1.0)
 
@@ -250,14 +253,14 @@ def step_kernel(
     rescale = tl.where(unscale != 0, inverse, 1.0)
     write_now = (tl.load(config + CONFIG_EXACT) == 0) & (not norm)
     generation = tl.load(tickets + GENERATION, cache_modifier=".cg")
-    halted = program < 0
+    skipped = program < 0
     if ((phases & MEASURE) != 0) & (found_inf != 0):
-        halted = tl.load(found_inf.to(tl.pointer_type(tl.float32))) != 0
+        skipped = tl.load(found_inf.to(tl.pointer_type(tl.float32))) != 0
 
     if phases & MEASURE:
-        if halted:
+        if skipped:
             if program == 0:
-                _skip(values)
+                _record_skipped_step(values)
                 tl.store(verdict, inverse * 0.0)
         else:
             factor = active_factor(values, config)
@@ -289,13 +292,13 @@ def step_kernel(
                 tl.atomic_add(tickets + GENERATION, 1, sem="release", scope="gpu")
 
     if phases & MULTIPLY:
-        if ((phases & MEASURE) != 0) & (not halted):
+        if ((phases & MEASURE) != 0) & (not skipped):
             now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
             while now == generation:
                 now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
             tl.debug_barrier()
         counted = tl.load(verdict, cache_modifier=".cg") != 0
-        if counted & (not halted):
+        if counted & (not skipped):
             common = rescale * tl.load(verdict + 1, cache_modifier=".cg")
             # Backwards: what was read last may still be cached.
             for i in range(program, tiles, programs):

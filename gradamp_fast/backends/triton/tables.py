@@ -73,7 +73,9 @@ class AddressTable:
     that nothing writes again: the graph copies it at every replay.
     """
 
-    SPARES = 8  # steps with different addresses that may be captured without an eager one between
+    # So many steps with different addresses may be captured without an eager one between; pinned
+    # memory cannot be allocated during a capture.
+    SPARES = 8
 
     def __init__(self, tensors: int, device: torch.device) -> None:
         self.device = device

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .columns import (
+    LONG,
     ROW,
     ROW_AFTER,
     ROW_BEFORE,
@@ -23,6 +24,8 @@ from .columns import (
     ROW_MEAN,
     ROW_POWER,
     ROW_SUM,
+    SHORT,
+    SHORT_LOG2,
 )
 
 LANES = tl.constexpr(32)
@@ -30,7 +33,8 @@ BLOCK = tl.constexpr(1024)
 TILE = tl.constexpr(4096)  # elements of one tensor that one program measures at a time
 WIDTH = tl.constexpr(64)  # rows of sums, or layers, that one program looks at together
 
-# Squares of sums outside this range are taken again, scaled into the range of fp32.
+# Sums of squares outside this range are taken again, scaled by 2**96 up or down: below it squares
+# of fp32 numbers lose digits to underflow, above it their sum may overflow.
 SMALL, LARGE = tl.constexpr(1e-28), tl.constexpr(1e34)
 UP, DOWN = tl.constexpr(2.0**96), tl.constexpr(2.0**-96)
 
@@ -155,18 +159,18 @@ def _signed(x, first, WIDE: tl.constexpr):
 def _store_buckets(signed, buckets, bucket_log2, left):
     """Signed sums of the block's runs; ``left`` are the tile's elements from the block on."""
     VECTOR: tl.constexpr = signed.shape[2]
-    RUNS: tl.constexpr = BLOCK // 16
-    LONG: tl.constexpr = BLOCK // 512
+    RUNS: tl.constexpr = BLOCK // SHORT
+    LONG_RUNS: tl.constexpr = BLOCK // LONG
     if bucket_log2 > 0:
-        parts = tl.reshape(tl.sum(signed, axis=2), [RUNS, 16 // VECTOR])
+        parts = tl.reshape(tl.sum(signed, axis=2), [RUNS, SHORT // VECTOR])
         runs = tl.sum(parts, axis=1)
-        if bucket_log2 == 4:
+        if bucket_log2 == SHORT_LOG2:
             run = tl.arange(0, RUNS)
-            tl.store(buckets + run, runs.to(tl.float32), mask=run * 16 < left)
+            tl.store(buckets + run, runs.to(tl.float32), mask=run * SHORT < left)
         else:
-            long_run = tl.arange(0, LONG)
-            long_runs = tl.sum(tl.reshape(runs, [LONG, RUNS // LONG]), axis=1)
-            tl.store(buckets + long_run, long_runs.to(tl.float32), mask=long_run * 512 < left)
+            long_run = tl.arange(0, LONG_RUNS)
+            long_runs = tl.sum(tl.reshape(runs, [LONG_RUNS, RUNS // LONG_RUNS]), axis=1)
+            tl.store(buckets + long_run, long_runs.to(tl.float32), mask=long_run * LONG < left)
     else:
         offsets = tl.arange(0, BLOCK)
         single = tl.reshape(signed, [BLOCK]).to(tl.float32)
