@@ -231,6 +231,43 @@ def test_cuda_demanded_without_nvcc_is_an_error_with_the_fix(tmp_path: Path):
     assert "install" in done.stdout
 
 
+def put_launcher(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('#!/bin/sh\nexec "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_compilers_with_a_launcher_and_flags(tmp_path: Path):
+    """And in folders whose names have spaces."""
+    launcher = put_launcher(tmp_path / "has spaces" / "ccache")
+    path = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
+    given = {"CXX": "ccache g++ -DONE=1", "CXXFLAGS": "-DTWO=2", "GRADAMP_CUDA": "0"}
+    done = configure(tmp_path / "a build", PATH=path, **given)
+    if "NO COMPILED EXTENSION" in done.stdout:
+        pytest.skip("there is no g++")
+    assert done.returncode == 0, done.stdout
+    edges = (tmp_path / "a build" / "build.ninja").read_text()
+    assert f'LAUNCHER = "{launcher}"' in edges
+    assert re.search(r"FLAGS = .*-DTWO=2 +-DONE=1", edges)
+
+
+def test_nvcc_with_a_launcher_and_flags(tmp_path: Path):
+    facts = probe.torch_facts()
+    try:
+        nvcc, _ = probe.find_nvcc({}, facts["TORCH_CUDA"], Path(facts["TORCH_LIB"]))
+    except probe.CannotBuild as reason:
+        pytest.skip(str(reason))
+    launcher = put_launcher(tmp_path / "sccache")
+    given = {"TORCH_CUDA_ARCH_LIST": "9.0", "GRADAMP_CUDA": "1"}
+    done = configure(tmp_path / "build", CUDACXX=f"{launcher} {nvcc} -lineinfo", **given)
+    assert done.returncode == 0, done.stdout
+    assert f"(9.0), for torch {torch.__version__}, with {nvcc}" in one_line(done.stdout)
+    edges = (tmp_path / "build" / "build.ninja").read_text()
+    assert f"LAUNCHER = {launcher}" in edges
+    assert re.search(r"FLAGS = .*-lineinfo", edges)
+
+
 def test_instruction_sets_share_no_code():
     """The linker keeps one copy of a weak function: an AVX-512 one would crash older machines."""
     objects = list(ROOT.glob("build/cmake-*/CMakeFiles/tile_*.dir/csrc/cpu/*.o"))
