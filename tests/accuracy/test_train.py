@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy
@@ -21,7 +22,7 @@ except RuntimeError:
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from bench.accuracy import models, train
+from bench.accuracy import demo, models, train
 from bench.accuracy.data import Data, DataMissing, load
 
 RECIPE = train.Recipe(arch="cnn", epochs=2, batch=32, lr=0.05)
@@ -203,3 +204,37 @@ def test_the_command_line_trains(capsys: pytest.CaptureFixture[str]) -> None:
         train.main(["--epochs=0"])
     with pytest.raises(SystemExit, match="measure"):
         train.main(["--data=fake", "--arch=cnn", "--measure=fluctuations"])
+
+
+# ---- the demonstration --------------------------------------------------------------
+
+
+def test_the_demonstration_ends_with_three_lines_and_a_picture(
+    fake: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(demo, "load", lambda name: fake)
+    monkeypatch.setattr(demo, "RECIPE", RECIPE)
+    threads = torch.get_num_threads()
+    picture = tmp_path / "new folder" / "demo.png"
+    try:
+        demo.main(["--epochs=3", f"--out={picture}"])
+        first = capsys.readouterr().out
+        demo.main(["--epochs=1", f"--out={picture}", "--full"])
+        full = capsys.readouterr().out
+    finally:
+        torch.set_num_threads(threads)
+    assert picture.stat().st_size > 10_000
+    accuracy, amplified, fluctuation, path = first.partition("\n\n")[2].splitlines()
+    assert accuracy.startswith("Accuracy on 128 test images: ")
+    assert re.fullmatch(
+        r"Amplified by 2 at the end: [1-4] of 5 layers with \d+% .*: \d.*", amplified
+    )
+    assert fluctuation.endswith("were chosen")
+    assert path.endswith(f": {picture}")
+    assert "Layers at the end" not in first
+    assert "Layers at the end" in full
+    assert "Amplified by 2 at the end: 0 of 5" in full  # 16 steps, and no decision before the 20th

@@ -12,6 +12,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,9 +22,16 @@ from gradamp_fast import _extension, _version
 ROOT = Path(__file__).resolve().parents[2]
 NOWHERE = "/nowhere"
 
-_spec = importlib.util.spec_from_file_location("probe", ROOT / "cmake" / "probe.py")
-probe = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(probe)
+
+def script(name: str) -> ModuleType:
+    """A file of ``cmake/``, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "cmake" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+probe, this_machine = script("probe"), script("this_machine")
 
 
 def run(*command: object, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -231,6 +239,43 @@ def test_cuda_demanded_without_nvcc_is_an_error_with_the_fix(tmp_path: Path):
     assert "install" in done.stdout
 
 
+def put_launcher(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('#!/bin/sh\nexec "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_compilers_with_a_launcher_and_flags(tmp_path: Path):
+    """And in folders whose names have spaces."""
+    launcher = put_launcher(tmp_path / "has spaces" / "ccache")
+    path = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"
+    given = {"CXX": "ccache g++ -DONE=1", "CXXFLAGS": "-DTWO=2", "GRADAMP_CUDA": "0"}
+    done = configure(tmp_path / "a build", PATH=path, **given)
+    if "NO COMPILED EXTENSION" in done.stdout:
+        pytest.skip("there is no g++")
+    assert done.returncode == 0, done.stdout
+    edges = (tmp_path / "a build" / "build.ninja").read_text()
+    assert f'LAUNCHER = "{launcher}"' in edges
+    assert re.search(r"FLAGS = .*-DTWO=2 +-DONE=1", edges)
+
+
+def test_nvcc_with_a_launcher_and_flags(tmp_path: Path):
+    facts = probe.torch_facts()
+    try:
+        nvcc, _ = probe.find_nvcc({}, facts["TORCH_CUDA"], Path(facts["TORCH_LIB"]))
+    except probe.CannotBuild as reason:
+        pytest.skip(str(reason))
+    launcher = put_launcher(tmp_path / "sccache")
+    given = {"TORCH_CUDA_ARCH_LIST": "9.0", "GRADAMP_CUDA": "1"}
+    done = configure(tmp_path / "build", CUDACXX=f"{launcher} {nvcc} -lineinfo", **given)
+    assert done.returncode == 0, done.stdout
+    assert f"(9.0), for torch {torch.__version__}, with {nvcc}" in one_line(done.stdout)
+    edges = (tmp_path / "build" / "build.ninja").read_text()
+    assert f"LAUNCHER = {launcher}" in edges
+    assert re.search(r"FLAGS = .*-lineinfo", edges)
+
+
 def test_instruction_sets_share_no_code():
     """The linker keeps one copy of a weak function: an AVX-512 one would crash older machines."""
     objects = list(ROOT.glob("build/cmake-*/CMakeFiles/tile_*.dir/csrc/cpu/*.o"))
@@ -239,6 +284,36 @@ def test_instruction_sets_share_no_code():
     for path in objects:
         symbols = run("nm", "--defined-only", "-C", path).stdout
         assert re.findall(r"^[0-9a-f]+ [WVu] .*$", symbols, re.MULTILINE) == []
+
+
+def test_the_demonstration_waits_for_no_more_than_this_machine_can_use():
+    wish = this_machine.wish
+    setting, line = wish({}, [])
+    assert setting == "GRADAMP_CUDA=0"
+    assert "only the CPU part is built; `make build` builds for all" in line
+    setting, line = wish({"GRADAMP_CUDA": ""}, [(9, 0), (8, 0), (9, 0)])
+    assert setting == "TORCH_CUDA_ARCH_LIST=8.0;9.0"
+    assert "(8.0;9.0)" in line
+    assert wish({"GRADAMP_CUDA": "1"}, []) == wish({"TORCH_CUDA_ARCH_LIST": "7.5"}, []) == ("", "")
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_the_demonstration_builds_what_is_missing(tmp_path: Path):
+    """For this machine alone; a full build, where there is one, serves as well."""
+
+    def steps(target: str) -> str:
+        return run("make", "-n", "-C", ROOT, target, f"VENV={tmp_path}").stdout
+
+    (tmp_path / ".installed").touch()
+    assert "this_machine.py" in steps("demo")
+    assert "this_machine.py" not in steps("build")
+    (tmp_path / ".built-for-demo").touch()
+    assert "pip install" not in steps("demo")
+    assert "pip install" in steps("build")
+    (tmp_path / ".built").touch()
+    for target in ("demo", "build"):
+        assert "pip install" not in steps(target)
+    assert "bench.accuracy.demo" in steps("demo")
 
 
 # ---- distributions --------------------------------------------------------------------
