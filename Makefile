@@ -1,13 +1,16 @@
-# make test    lint, types and tests, in a virtual environment made on first use (.venv)
-# make demo    the demonstration, in the same environment
-# make bench   the benchmarks, in the same environment
+# make test        lint, types and tests, in a virtual environment made on first use (.venv)
+# make test-fast   the tests that are not marked slow: every rule, wherever it runs
+# make demo        the demonstration, in the same environment
+# make bench       the benchmarks, in the same environment
 # Overridable: PYTHON (what makes the environment), VENV (its folder), TORCH (its torch: the name
-# of a file in requirements/), PYTEST_ARGS. The variables of the build are in CMakeLists.txt.
+# of a file in requirements/), TESTS, PYTEST_ARGS. The variables of the build are in CMakeLists.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= cuda
-PYTEST_ARGS ?= -q
+TESTS ?= tests
+# A worker a core, each with one thread (tests/conftest.py).
+PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 CONSTRAINTS := requirements/$(TORCH).txt
@@ -18,7 +21,7 @@ EXTRAS_cpu := dev,viz,tensorboard
 
 BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
 
-.PHONY: test lint pytest demo bench build clean
+.PHONY: test test-fast lint pytest demo bench build clean
 
 test: lint pytest
 
@@ -28,7 +31,10 @@ lint: build
 	$(BIN)/mypy
 
 pytest: build
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+
+test-fast: build
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" $(TESTS)
 
 demo: build
 	$(BIN)/python -m bench.accuracy.demo
