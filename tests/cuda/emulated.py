@@ -15,7 +15,7 @@ from torch import Tensor
 from gradamp_fast.backends.compiled import for_kernel
 from gradamp_fast.backends.stepping import Measuring
 from gradamp_fast.call import Call, Outcome
-from gradamp_fast.model.gradients import GradientReader
+from gradamp_fast.model.gradients import DTYPES, GradientReader
 from gradamp_fast.model.plan import Plan
 from gradamp_fast.options import Rules
 from gradamp_fast.reference.state import State
