@@ -330,7 +330,11 @@ def source_files() -> set[str]:
 def test_source_distribution_is_complete_and_installs_without_a_compiler(tmp_path: Path):
     pytest.importorskip("build")
     copy = tmp_path / "copy"
-    ignore = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "data", "out", "*.egg-info")
+    # Also what other tests may write at this moment.
+    ignore = shutil.ignore_patterns(
+        *(".*cache", ".git", ".hypothesis", ".venv*", "__pycache__"),
+        *("build", "data", "dist", "out", "*.egg-info"),
+    )
     shutil.copytree(ROOT, copy, ignore=ignore)
     built = run(
         *(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, copy)

@@ -110,8 +110,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_and_targets_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for target in re.findall(r"\bmake ([a-z]+)$", text, re.MULTILINE):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"\bmake ([a-z-]+)$", text, re.MULTILINE):
         assert target in targets
     for name in re.findall(
         r"`((?:gradamp_fast|csrc|tests|bench|cmake|requirements)/[\w./]*)`", text

@@ -66,7 +66,6 @@ def test_by_callable() -> None:
         ({"exclude_bias_and_norm": True}, {"stem": 40, "head": 24}),
         ({"include": ["head.*", "top"], "exclude": ["head.bias"]}, {"": 4, "head": 24}),
     ],
-    ids=str,
 )
 def test_include_and_exclude(options: dict[str, Any], expected: dict[str, int]) -> None:
     assert sizes(bare(SHAPES), **options) == expected
