@@ -115,9 +115,10 @@ def make_report(snapshot: Snapshot) -> Report:
         )
     )
     factor = float(reference.active_factor(state, options))
+    rows = state.layers.tolist()
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
-        row = dict(zip(FIELDS, state.layers[index].tolist(), strict=True))
+        row = dict(zip(FIELDS, rows[index], strict=True))
         selected, changed_at = row["selected"] != 0, min(int(row["changed_at"]) * apart, step)
         temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
         layers.append(
