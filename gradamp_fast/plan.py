@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch.nn import Parameter
 
@@ -86,6 +87,11 @@ class Plan:
     buckets: int
     watched: tuple[Parameter, ...]
 
+    @cached_property
+    def spans(self) -> tuple[int, ...]:
+        """Buckets of a row of the sketch from each measured tensor's first to the next one's."""
+        return tuple(_aligned(slot.buckets) for slot in self.slots[: self.measured])
+
     @property
     def sharded(self) -> bool:
         """Whether gradients are spread over processes."""
@@ -116,6 +122,10 @@ class Plan:
 def bucket_log2(numel: int) -> int:
     """Buckets hold 1, 16 or 512 elements, by the size of their tensor."""
     return 0 if numel < 4096 else 4 if numel < 131072 else 9
+
+
+def _aligned(buckets: int) -> int:
+    return -(-buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
 
 
 def make_plan(
@@ -150,7 +160,7 @@ def make_plan(
         slots.append(slot)
         if measured:
             layer_numel[layer_index] += total
-            next_bucket += -(-slot.buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+            next_bucket += _aligned(slot.buckets)
     return Plan(
         layers=tuple(layers),
         layer_numel=tuple(layer_numel),
