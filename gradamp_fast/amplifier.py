@@ -202,7 +202,8 @@ class Amplifier:
             return
         if self._owned:
             self._own(plan)
-        vanished = [name for name in self._plan.layers if name not in plan.layers]
+        standing = set(plan.layers)
+        vanished = [name for name in self._plan.layers if name not in standing]
         if vanished and warn:
             warnings.warn(
                 f"layer(s) no longer in the model: {', '.join(map(repr, vanished))}; their state "
