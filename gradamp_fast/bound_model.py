@@ -176,7 +176,8 @@ class BoundModel:
             return
         if self._owned:
             self._own(plan)
-        vanished = [name for name in self.plan.layers if name not in plan.layers]
+        standing = set(plan.layers)
+        vanished = [name for name in self.plan.layers if name not in standing]
         if vanished and warn:
             warnings.warn(
                 f"layer(s) no longer in the model: {', '.join(map(repr, vanished))}; their state "

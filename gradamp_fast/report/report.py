@@ -71,9 +71,10 @@ def make_report(snapshot: Snapshot) -> Report:
         )
     )
     factor = float(reference.active_factor(state, rules))
+    rows = state.layers.tolist()
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
-        row = dict(zip(LAYER_FIELDS, state.layers[index].tolist(), strict=True))
+        row = dict(zip(LAYER_FIELDS, rows[index], strict=True))
         selected = row["selected"] != 0
         changed_at = min(int(row["changed_at"]) * rules.measure_every, step)
         temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
