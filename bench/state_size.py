@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from gradamp_fast.layers import find_layers
-from gradamp_fast.state import State
 
 from bench.docs import table
+from gradamp_fast.model.walk import find_layers
 from gradamp_fast.options import Options
+from gradamp_fast.reference.state import State
 
 MODELS = (
     *("vgg16", "vit_b_16", "resnet18", "convnext_tiny", "resnet50", "swin_t", "mnasnet1_0"),
