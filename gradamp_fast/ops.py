@@ -9,9 +9,10 @@ from . import bound_model
 from .bound_model import BoundModel, Mask
 from .call import Call
 
-# Whether the code that runs is being compiled. A function around it would be compiled by itself
-# where a graph breaks, and then say so ever after.
-compiling = torch.compiler.is_compiling
+
+def compiling() -> bool:
+    """Whether the code that runs is being compiled."""
+    return torch.compiler.is_compiling()
 
 
 def step(bound: BoundModel, call: Call, mask: Mask | None = None) -> None:
