@@ -183,6 +183,7 @@ def test_variances_are_averaged_by_their_logarithms(monkeypatch: pytest.MonkeyPa
     assert values[0, 1].item() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("all_layers", "rows"), [(False, 188), (True, 3000)])
 def test_three_thousand_layers_make_a_picture_that_can_be_looked_at(
     all_layers: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -213,6 +214,7 @@ def name_boxes(axes: Any) -> list[Any]:
     return [label.get_window_extent() for label in axes.get_yticklabels()]
 
 
+@pytest.mark.slow
 def test_the_time_a_picture_takes_hardly_grows_with_the_layers() -> None:
     def seconds(layers: int) -> float:
         history = made_up_history(layers, 4)
