@@ -40,7 +40,9 @@ def emulated(emulated_library: Any, monkeypatch: pytest.MonkeyPatch) -> type[Emu
     return Fresh
 
 
-CASES = [(SETTINGS[i], dtype) for dtype in REALS for i in (0, 3)]
+CASES = [
+    pytest.param(SETTINGS[i], dtype, marks=pytest.mark.slow) for dtype in REALS for i in (0, 3)
+]
 CASES += [(options, "mixed") for options in SETTINGS]
 
 
@@ -88,6 +90,7 @@ def test_grid_tables_and_order_change_no_bit(emulated: Any, options: dict) -> No
     assert len(found) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", REALS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}], ids=str)
 def test_alignment_changes_no_bit(emulated: Any, dtype: torch.dtype, options: dict) -> None:
