@@ -183,7 +183,7 @@ def _device(optimizer: Optimizer) -> torch.device:
     first = next(parameters, None)
     elsewhere = not type(optimizer).__module__.startswith("torch.")
     if first is not None and elsewhere and first.device.type == "cuda":
-        return first.device
+        return torch.device(first.device)
     return torch.device("cpu")
 
 
@@ -212,7 +212,8 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     """Compiled steps run as they are written: to compile them would take seconds."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 @contextlib.contextmanager
@@ -220,7 +221,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     """Random states, hooks, warnings, modes and defaults are afterwards what they were."""
     numpy = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    hooks = (
+    hooks: tuple[dict[int, Any], ...] = (
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     )

@@ -50,7 +50,7 @@ def test_a_tenth_without_gradients(backend: str, door: str) -> None:
             parameters[index].grad = None
 
     count = 5 if backend == "torch" else 15
-    for attempt in range(3):
+    for _ in range(3):
         usual, partial = timed(run, all_of_them, count), timed(run, nine_tenths, count)
         if partial <= 2 * usual:
             return

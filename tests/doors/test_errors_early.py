@@ -184,7 +184,7 @@ def test_sums_that_overflow(place: Place, dtype: torch.dtype, value: float, nume
     other = bare({"a.w": (numel,), "b.w": (9,)}, dtype, place.device)
     strict = place.amplifier(other, **ALWAYS, error_if_nonfinite=True)
     put(other, gradients)
-    with pytest.raises(RuntimeError, match="layer.*'a'"):
+    with pytest.raises(RuntimeError, match=r"layer.*'a'"):
         strict.step()
     assert strict.report().steps == 0
 

@@ -34,14 +34,16 @@ def test_the_product_saturates(place: Place, factor: float, options: dict[str, A
 @pytest.mark.parametrize("largest", [257, 4111, 70_001])
 def test_in_every_bucket_length_and_beside_other_dtypes(place: Place, largest: int) -> None:
     dtypes = {"a.w": torch.float16, "b.w": torch.bfloat16, "c.w": torch.float32}
-    model = bare({name: (largest,) for name in dtypes}, dtypes, place.device)
+    model = bare(dict.fromkeys(dtypes, (largest,)), dtypes, place.device)
     amplifier = place.amplifier(model, **ALWAYS)
     for p in model.parameters():
         p.grad = torch.full_like(p, 60000.0)
         p.grad[::3] = -60000.0
     amplifier.step()
     for p in model.parameters():
-        wanted = LARGEST if p.dtype == torch.float16 else float(2 * torch.tensor(6e4, dtype=p.dtype))
+        wanted = (
+            LARGEST if p.dtype == torch.float16 else float(2 * torch.tensor(6e4, dtype=p.dtype))
+        )
         assert set(p.grad.unique().tolist()) == {-wanted, wanted}
 
 

@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from gradamp_fast.optimizer_scale import follows_gradient_size, inside, stretch_of
 
@@ -20,7 +23,10 @@ SGD_LIKE = {"SGD", "ASGD", "LBFGS"}
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.ones(7, 5, dtype=dtype)), nn.Parameter(torch.ones(3, 5, dtype=dtype))]
+    return [
+        nn.Parameter(torch.ones(7, 5, dtype=dtype)),
+        nn.Parameter(torch.ones(3, 5, dtype=dtype)),
+    ]
 
 
 PLAIN = [

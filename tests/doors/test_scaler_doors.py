@@ -10,11 +10,11 @@ import pytest
 import torch
 from cases import Place, bare, same_bits
 from factors import ALWAYS, backward, network, only, sgd
+from test_stepped_is_bound import ENTRIES, Entry
 from torch import nn
 
 import gradamp_fast
 from gradamp_fast import Amplifier, GradScaler
-from test_stepped_is_bound import ENTRIES, Entry
 
 SCALE = 65536.0
 

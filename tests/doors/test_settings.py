@@ -163,7 +163,7 @@ def test_an_unset_length_and_a_resume(
     heard.epochs.clear()
     again = trainer(tmp_path / "parts", callback_of(), max_steps=10)
     again.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{stop}"))
-    told = {step: epoch for step, epoch in [*first, *heard.epochs]}
+    told = dict([*first, *heard.epochs])
     assert [told[max(s for s in told if s <= step)] for step in range(10)] == [
         dict(expected)[max(s for s, _ in expected if s <= step)] for step in range(10)
     ]
