@@ -16,7 +16,7 @@ from torch.nn import Module, Parameter
 from bench.verify import NEVER, WEIGHT, Expected, Wrong, check_close, select_by_hand
 from bench.workload import Buffers, Workload, holder
 from gradamp_fast import Amplifier, reference
-from gradamp_fast.plan import bucket_log2
+from gradamp_fast.model.plan import bucket_log2
 
 
 class Subject:
@@ -73,7 +73,7 @@ class Fused(Subject):
         self.amplifier.factor = factor
 
     def check(self, expected: Expected) -> None:
-        expected.check_state(self.amplifier._state)
+        expected.check_state(self.amplifier.bound.settled_state())
 
 
 class Baseline(Subject):

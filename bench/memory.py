@@ -79,7 +79,7 @@ def measure_memory(model: str, dtype: str, device: torch.device, backend: str) -
     fused.run()
     gc.collect()
     held = _allocated(device) - before
-    state = fused.amplifier._state
+    state = fused.amplifier.bound.settled_state()
     tensors = sum(t.nbytes for t in (state.values, state.sketch, state.parity))
     fused.run()
     return Memory(

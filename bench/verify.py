@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench.workload import FACTOR, Workload, holder, same_bits
 from gradamp_fast import Amplifier, reference
-from gradamp_fast.plan import bucket_log2
+from gradamp_fast.model.plan import bucket_log2
 from gradamp_fast.reference import bucket_sums
-from gradamp_fast.state import State
+from gradamp_fast.reference.state import State
 
 NEVER = 10**9  # steps between decisions: the selection made by hand stands
 WEIGHT = 0.01  # of a new step in the running statistics of the baselines
@@ -34,8 +34,8 @@ def factor_of(step: int) -> float:
 def select_by_hand(amplifier: Amplifier, layers: frozenset[str]) -> None:
     """Makes these layers the standing selection, which otherwise the gradients decide."""
     amplifier.prepare()
-    column = amplifier._state.column("selected")
-    column.copy_(torch.tensor([float(name in layers) for name in amplifier._plan.layers]))
+    column = amplifier.bound.settled_state().column("selected")
+    column.copy_(torch.tensor([float(name in layers) for name in amplifier.bound.plan.layers]))
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Expected:
         model = holder(workload.shapes, workload.dtype, workload.device)
         amplifier = Amplifier(model, backend="torch", **self.options)
         select_by_hand(amplifier, workload.layers)
-        plan, self.state = amplifier._plan, amplifier._state
+        plan, self.state = amplifier.bound.plan, amplifier.bound.settled_state()
         place = {name: index for index, name in enumerate(workload.shapes)}
         order = [place[slot.name] for slot in plan.slots]
         work = [g.clone() for g in workload.sets[0].flats]
@@ -70,7 +70,7 @@ class Expected:
         for step in range(1 if workload.elements > TWO_STEPS else 2):
             self._add_statistics(work)
             amplifier.factor = factor_of(step)
-            reference.step(plan, self.state, amplifier.options, [work[i] for i in order])
+            reference.step(plan, self.state, amplifier.options.rules(), [work[i] for i in order])
             self.gradients.append([g.clone() for g in work])
 
     def _add_statistics(self, gradients: list[Tensor]) -> None:

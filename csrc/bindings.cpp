@@ -1,10 +1,14 @@
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/step.h"
-#include "plan.h"
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cpu/engine.h"
 #if defined(GRADAMP_WITH_CUDA)
 #include "cuda/engine.h"
 #endif
+#include "stepper.h"
 
 namespace {
 
@@ -16,40 +20,58 @@ std::optional<std::string> cuda_unavailable([[maybe_unused]] int index) {
 #endif
 }
 
+#define GRADAMP_FIELD(name) #name,
+#define GRADAMP_VALUE(name, text) #text,
+const std::vector<std::string> kGlobals = {GRADAMP_GLOBAL_FIELDS(GRADAMP_FIELD)};
+const std::vector<std::string> kLayers = {GRADAMP_LAYER_FIELDS(GRADAMP_FIELD)};
+const std::map<std::string, std::vector<std::string>> kEnums = {
+    {"measure", {GRADAMP_MEASURES(GRADAMP_VALUE)}},
+    {"threshold", {GRADAMP_THRESHOLDS(GRADAMP_VALUE)}},
+    {"select", {GRADAMP_SELECTS(GRADAMP_VALUE)}},
+    {"schedule_unit", {GRADAMP_SCHEDULE_UNITS(GRADAMP_VALUE)}},
+};
+
+py::tuple names(const std::vector<std::string>& list) { return py::tuple(py::cast(list)); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  using gradamp::Plan;
+  using gradamp::Stepper;
   m.doc() = "Compiled backends of gradamp_fast: the step on the CPU and, where built, on CUDA.";
+  py::dict enums;
+  for (const auto& [option, values] : kEnums) enums[py::str(option)] = names(values);
+  m.attr("GLOBAL_FIELDS") = names(kGlobals);
+  m.attr("LAYER_FIELDS") = names(kLayers);
+  m.attr("ENUMS") = enums;
   m.def("instruction_set", &gradamp::cpu::instruction_set, "What the CPU backend uses here.");
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
         "Why the CUDA kernels cannot run on that GPU (-1: the current one), with the fix; None if "
         "they can.");
-  py::class_<Plan>(m, "Plan")
+  py::class_<Stepper>(m, "Stepper")
       .def(py::init<std::vector<py::object>, std::vector<py::object>,
                     const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>&,
                     int64_t, const py::dict&, at::Tensor, at::Tensor, at::Tensor>(),
            py::arg("parameters"), py::arg("watched"), py::arg("tensors"), py::arg("num_layers"),
            py::arg("options"), py::arg("values"), py::arg("sketch"), py::arg("parity"))
       .def("step",
-           [](Plan& plan, const std::optional<at::Tensor>& grad_scale,
+           [](Stepper& stepper, const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale,
               const std::optional<py::bytes>& only, bool walked) {
-             return static_cast<int>(plan.step(grad_scale, found_inf, unscale, only, walked));
+             return static_cast<int>(stepper.step(grad_scale, found_inf, unscale, only, walked));
            })
       .def("stress",
-           [](Plan& plan, int32_t blocks, uint32_t seed, bool cooperative, bool poison) {
-             plan.stress({blocks, seed, cooperative, poison});
+           [](Stepper& stepper, int32_t blocks, uint32_t seed, bool cooperative, bool poison) {
+             stepper.stress({blocks, seed, cooperative, poison});
            },
            py::arg("blocks") = 0, py::arg("seed") = 0, py::arg("cooperative") = true,
            py::arg("poison") = false,
            "For tests: what a step on CUDA must not depend on (Stress in csrc/engine.h).")
       .def("step_gradients",
-           [](Plan& plan, std::vector<std::optional<at::Tensor>> gradients,
+           [](Stepper& stepper, std::vector<std::optional<at::Tensor>> gradients,
               const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale,
               const std::optional<at::Tensor>& sums) {
              return static_cast<int>(
-                 plan.step_gradients(std::move(gradients), grad_scale, found_inf, unscale, sums));
+                 stepper.step_gradients(std::move(gradients), grad_scale, found_inf, unscale, sums));
            });
 }

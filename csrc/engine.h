@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common.h"
-#include "state.h"
+#include "rules/common.h"
+#include "rules/state.h"
 
 namespace gradamp {
 
@@ -28,7 +28,7 @@ struct StepInputs {
   // tensors, which may be left as it is. Gradients are multiplied if that needs no sums, and
   // each tensor's new running means are where the next parity will find them; nothing is
   // committed. If *found_inf is not 0 nothing at all is written.
-  LayerSums* sums;
+  Sums* sums;
 };
 
 // For tests: what a step must not depend on. Only engines with something to vary listen.

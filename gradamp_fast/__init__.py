@@ -4,9 +4,8 @@ from ._version import __version__
 from .amplifier import Amplifier
 from .drop_in import fused_amplify, reset
 from .grad_scaler import GradScaler
-from .history import History
 from .options import Options
-from .report import LayerReport, Report
+from .report import History, LayerReport, Report
 from .schedule import Schedule
 
 __all__ = [

@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import re
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -68,6 +69,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return importlib.import_module("gradamp_fast._C"), None
     except ImportError as error:
         return None, f"{builds}; it does not load ({error}). Rebuild it: {_rebuild_command()}"
+
+
+def check_lists(extension: ModuleType, expected: Mapping[str, object]) -> None:
+    """RuntimeError if the extension was built from sources that name or order things otherwise."""
+    for name, ours in expected.items():
+        theirs = getattr(extension, name, None)
+        if theirs != ours:
+            raise RuntimeError(
+                f"gradamp_fast's compiled extension has {name} {theirs}, and the package {ours}: "
+                f"rebuild gradamp_fast: {_rebuild_command()}"
+            )
 
 
 def load() -> ModuleType | None:

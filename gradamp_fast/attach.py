@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
-from .plan import Plan
-
-if TYPE_CHECKING:
-    from .amplifier import Amplifier
+from . import ops
+from .bound_model import BoundModel
+from .call import Call
+from .model.optimizers import Holding
 
 # Their updates do not change when a layer's gradients are multiplied by a constant.
 _SCALE_INVARIANT = (
@@ -46,88 +45,30 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-class Part:
-    """What one optimizer holds of an amplifier's parameters, and which it wants amplified."""
-
-    def __init__(self, amplifier: Amplifier, optimizer: Optimizer) -> None:
-        self.amplifier = amplifier
-        self._optimizer = weakref.ref(optimizer)
-        self._seen = _groups(optimizer)
-        self._mask: tuple[Plan, bytes | None] | None = None
-
-    @property
-    def active(self) -> bool:
-        """Whether the optimizer's wishes still count."""
-        return self._optimizer() is not None
-
-    def begin(self) -> None:
-        """From here on groups with ``"amplify": False`` are left out; all or nothing."""
-        self.amplifier._parts.add(self)
-        try:
-            self.amplifier._exclude(self._left_out_by_all())
-        except ValueError:
-            self.amplifier._parts.discard(self)
-            raise
-
-    def end(self) -> None:
-        self.amplifier._parts.discard(self)
-        self.amplifier._exclude(self._left_out_by_all())
-
-    def refresh(self, optimizer: Optimizer) -> bool:
-        """Looks at the groups again; whether they changed."""
-        seen = _groups(optimizer)
-        if seen == self._seen:
-            return False
-        self._seen, self._mask = seen, None
-        self.amplifier._exclude(self._left_out_by_all())
-        return True
-
-    def only(self, plan: Plan) -> bytes | None:
-        """A byte for each slot, 1 if the optimizer holds it; None if it holds all."""
-        if self._mask is None or self._mask[0] is not plan:
-            optimizer = self._optimizer()
-            assert optimizer is not None
-            parameters = _parameters(optimizer)
-            held = [id(slot.parameter) in parameters for slot in plan.slots]
-            self._mask = plan, None if all(held) else bytes(held)
-        return self._mask[1]
-
-    def _left_out_by_all(self) -> frozenset[int]:
-        """Ids of the parameters that the amplifier's optimizers do not want amplified."""
-        optimizers = [part._optimizer() for part in self.amplifier._parts if part.active]
-        return frozenset(
-            id(p)
-            for optimizer in optimizers
-            if optimizer is not None
-            for group in optimizer.param_groups
-            if not group.get("amplify", True)
-            for p in group["params"]
-        )
-
-
-class Attachment(Part):
+class Attachment:
     """Handle of ``Amplifier.attach``; ``remove()`` ends it.
 
-    The optimizer's hook keeps it alive, and it the amplifier.
+    The optimizer's hook keeps it alive, and it what is bound of the model.
     """
 
-    def __init__(self, amplifier: Amplifier, optimizer: Optimizer) -> None:
-        super().__init__(amplifier, optimizer)
+    def __init__(self, bound: BoundModel, optimizer: Optimizer) -> None:
         if not getattr(type(optimizer).step, "hooked", False):
             raise TypeError(
                 f"{type(optimizer).__name__}.step() calls no hooks, so nothing would be amplified: "
                 "attach to the optimizer inside it, or let it call Optimizer.__init__"
             )
-        if any(other.serves(optimizer) for other in attachments(amplifier)):
+        if bound.attached_to(optimizer):
             raise ValueError("the amplifier is attached to this optimizer already")
-        amplifier._rebind(warn=bool(amplifier._owned))  # new parameters, new optimizer
-        plan = amplifier._plan
+        bound.meet()
+        plan, holding = bound.plan, Holding(optimizer)
         ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}
-        if ours.isdisjoint(_parameters(optimizer)):
+        if ours.isdisjoint(holding.parameters()):
             raise ValueError("the optimizer holds no parameter of the amplifier's model")
+        self._bound, self._holding = bound, holding
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+        holding.hook = self._hook
         try:
-            self.begin()
+            bound.join(holding)
         except ValueError:
             self._hook.remove()
             raise
@@ -135,17 +76,13 @@ class Attachment(Part):
 
     @property
     def active(self) -> bool:
-        """Whether an optimizer's steps still amplify."""
-        hooks = self._hook.hooks_dict_ref()
-        return hooks is not None and self._hook.id in hooks
-
-    def serves(self, optimizer: Optimizer) -> bool:
-        return self.active and self._optimizer() is optimizer
+        """Whether the optimizer's steps still amplify."""
+        return self._holding.attached
 
     def remove(self) -> None:
         """The optimizer's steps no longer amplify."""
         self._hook.remove()
-        self.end()
+        self._bound.leave(self._holding)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,18 +91,12 @@ class Attachment(Part):
         return after_backward(partial(self._step, optimizer), args, kwargs)
 
     def _step(self, optimizer: Optimizer) -> None:
-        self.refresh(optimizer)
+        self._bound.follow(self._holding)
+        call = Call()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)
-            found_inf = getattr(optimizer, "found_inf", None)
-            self.amplifier._step(scale, found_inf, False, self.only)
-        else:
-            self.amplifier._step(None, None, True, self.only)
-
-
-def attachments(amplifier: Amplifier) -> list[Attachment]:
-    """Those that still step the amplifier."""
-    return [p for p in amplifier._parts if isinstance(p, Attachment) and p.active]
+            call = Call(scale, getattr(optimizer, "found_inf", None), unscale=False)
+        ops.step(self._bound, call, self._holding.only)
 
 
 def after_backward(
@@ -187,15 +118,3 @@ def _call_and_step(closure: Callable[[], Any], step: Callable[[], None]) -> Any:
     loss = closure()
     step()
     return loss
-
-
-def _parameters(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _groups(optimizer: Optimizer) -> list[tuple[int, int, bool]]:
-    """What changes when groups or their parameters do."""
-    return [
-        (id(group["params"]), len(group["params"]), group.get("amplify", True))
-        for group in optimizer.param_groups
-    ]

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import reference
+from .model.plan import Plan, Slot
+from .model.shards import group_of
 from .options import Options
-from .plan import Plan, Slot
-from .shards import group_of
-from .state import FIELDS, GLOBALS, State
+from .reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 
 SCHEMA = 2
 _KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
@@ -28,12 +28,12 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     ``cuts``: of each sharded parameter name, how it is cut, where its parts start, and how many
     buckets each has. With sharded parameters a collective.
     """
-    sketches, cuts = _put_together(plan, state.means(plan))
+    sketches, cuts = _put_together(plan, state.means(plan, torch.device("cpu")))
     return {
         "schema": SCHEMA,
         "options": options.to_checkpoint(),
-        "fields": list(FIELDS),
-        "globals": list(GLOBALS),
+        "fields": list(LAYER_FIELDS),
+        "globals": list(GLOBAL_FIELDS),
         "layers": dict(zip(plan.layers, plan.layer_numel, strict=True)),
         "state": state.values.detach().cpu().clone(),
         "sketches": sketches,
@@ -48,7 +48,7 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     """
     if missing := [key for key in _KEYS if key not in stored]:
         raise ValueError(f"not the state dict of an Amplifier: {', '.join(missing)} missing")
-    if stored["schema"] != SCHEMA or list(stored["fields"]) != list(FIELDS):
+    if stored["schema"] != SCHEMA or list(stored["fields"]) != list(LAYER_FIELDS):
         raise ValueError(
             f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
             f"schema {SCHEMA}"
@@ -60,12 +60,12 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     if not isinstance(values, torch.Tensor) or values.shape != state.values.shape:
         raise ValueError("state has the wrong shape for its layers: the state dict is damaged")
 
-    state.values[: len(GLOBALS)] = values[: len(GLOBALS)].to(state.values)
-    rows = values[len(GLOBALS) :].view(-1, len(FIELDS))
+    state.values[: len(GLOBAL_FIELDS)] = values[: len(GLOBAL_FIELDS)].to(state.values)
+    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))
     order = {name: index for index, name in enumerate(stored["layers"])}
     state.layers.copy_(rows[[order[name] for name in plan.layers]])
     state.take_means(plan, parts)
-    return int(values[GLOBALS.index("epoch")])
+    return int(values[GLOBAL_FIELDS.index("epoch")])
 
 
 def _check_options(stored: Mapping[str, Any], options: Options) -> None:
@@ -119,10 +119,10 @@ def _cuts(stored: Mapping[str, Any]) -> dict[str, Cut]:
 
 
 def _put_together(
-    plan: Plan, means: Mapping[str, Tensor]
+    plan: Plan, means: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[list[Any]]]:
-    """Every tensor's running means, whole, on the CPU, and where they were cut."""
-    together = {name: tensor.cpu() for name, tensor in means.items()}
+    """Every tensor's running means, whole, and where they were cut; ``means`` on the CPU."""
+    together = dict(means)
     slots = [s for s in plan.slots[: plan.measured] if s.shard is not None]
     if not slots:
         return together, []

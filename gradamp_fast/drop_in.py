@@ -5,13 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import ops
 from .amplifier import Amplifier
 from .attach import innermost, warn_if_scale_invariant
-from .layers import unwrap
+from .model.walk import unwrap
 
 # Each model's Amplifier, and the options as they were given last.
 _Kept = tuple[Amplifier, dict[str, Any]]
@@ -45,7 +45,7 @@ def fused_amplify(
     """
     model = unwrap(model)
     kept = _KEPT.get(model)
-    if kept is None and torch.compiler.is_compiling():
+    if kept is None and ops.compiling():
         raise RuntimeError(
             "fused_amplify cannot make its Amplifier inside torch.compile(fullgraph=True): call "
             "it once before, or make an Amplifier and call its step()"
@@ -61,7 +61,7 @@ def fused_amplify(
     if optimizer is not None and optimizer not in _WARNED:
         _WARNED.add(optimizer)
         warn_if_scale_invariant(innermost(optimizer))
-    amplifier._step(grad_scale, found_inf, unscale, None)
+    amplifier.step(grad_scale, found_inf, unscale)
     if kept is None:  # only now: a first call that failed binds nobody to its options
         _KEPT[model] = amplifier, options
     return amplifier

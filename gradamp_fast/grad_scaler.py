@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from . import ops
 from .amplifier import Amplifier
-from .attach import Part, after_backward, attachments, warn_if_scale_invariant
-from .plan import Plan
+from .attach import after_backward, warn_if_scale_invariant
+from .call import Call
+from .model.optimizers import Holding
+from .model.plan import Plan
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -44,7 +47,7 @@ class GradScaler(torch.amp.GradScaler):
             raise TypeError(f"amplifier must be a gradamp_fast.Amplifier, not a {kind}")
         super().__init__(device, **options)
         self.amplifier = amplifier
-        self._parts: weakref.WeakKeyDictionary[Optimizer, _Part] = weakref.WeakKeyDictionary()
+        self._holdings: weakref.WeakKeyDictionary[Optimizer, _Split] = weakref.WeakKeyDictionary()
         self._amplified: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unless enabled
 
     def unscale_(self, optimizer: Optimizer) -> None:
@@ -67,7 +70,7 @@ class GradScaler(torch.amp.GradScaler):
         return super().step(optimizer, *args, **kwargs)
 
     def _amplify(self, optimizer: Optimizer) -> None:
-        self.amplifier._step(None, None, True, self._part(optimizer).only)
+        ops.step(self.amplifier.bound, Call(), self._holding(optimizer).only)
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -77,9 +80,9 @@ class GradScaler(torch.amp.GradScaler):
         Or, with an inverse of 1 and ``allow_fp16``, from the check for an optimizer that unscales
         by itself. Returns a ``found_inf`` for each device.
         """
-        amplifier, part = self.amplifier, self._part(optimizer)
-        amplifier.prepare()
-        split = part.split(optimizer, amplifier._plan)
+        bound, holding = self.amplifier.bound, self._holding(optimizer)
+        bound.prepare()
+        split = holding.split(optimizer, bound.plan)
         if not allow_fp16 and any(p.dtype == torch.float16 for p in split.measured):
             raise ValueError("Attempting to unscale FP16 gradients.")
         ours = [*split.measured, *split.excluded]
@@ -93,16 +96,16 @@ class GradScaler(torch.amp.GradScaler):
         checked = [p for p in split.excluded if p.requires_grad]
         one = torch.ones_like(inv_scale)
         more = super()._unscale_grads_(_group(checked), one, found_inf, allow_fp16)
-        device = amplifier._state.device
+        device = bound.device
         total = found_inf.to(device, copy=True)
         for other in (*found.values(), *more.values()):
             total += other.to(device, non_blocking=True)
 
         def only(plan: Plan) -> bytes | None:
             if plan is split.plan:
-                return part.only(plan)
+                return holding.only(plan)
             done = {id(p) for p in by_torch}  # bound only now: from the next step on
-            mask = part.only(plan) or bytes([1] * len(plan.slots))
+            mask = holding.only(plan) or bytes([1] * len(plan.slots))
             return bytes(
                 held and id(slot.parameter) not in done
                 for held, slot in zip(mask, plan.slots, strict=True)
@@ -110,27 +113,27 @@ class GradScaler(torch.amp.GradScaler):
 
         assert self._scale is not None
         scale = self._scale.to(device, non_blocking=True)
-        amplifier._step(scale, total, not allow_fp16, only)
+        ops.step(bound, Call(scale, total, unscale=not allow_fp16), only)
         return {**found, device: total}
 
-    def _part(self, optimizer: Optimizer) -> _Part:
-        if any(attachment.serves(optimizer) for attachment in attachments(self.amplifier)):
+    def _holding(self, optimizer: Optimizer) -> _Split:
+        bound = self.amplifier.bound
+        if bound.attached_to(optimizer):
             raise ValueError(
                 "the amplifier is attached to this optimizer, which would amplify twice: remove "
                 "the handle that attach() returned, or use torch.amp.GradScaler"
             )
-        part = self._parts.get(optimizer)
-        if part is None:
-            amplifier = self.amplifier
-            amplifier._rebind(warn=bool(amplifier._owned))  # new parameters, new optimizer
-            part = self._parts[optimizer] = _Part(amplifier, optimizer)
-            part.begin()
+        holding = self._holdings.get(optimizer)
+        if holding is None:
+            bound.meet()
+            holding = self._holdings[optimizer] = _Split(optimizer)
+            bound.join(holding)
             warn_if_scale_invariant(optimizer, stacklevel=4)
-        part.refresh(optimizer)
-        return part
+        bound.follow(holding)
+        return holding
 
 
-class _Split(NamedTuple):
+class _Parameters(NamedTuple):
     """An optimizer's parameters, by what a plan makes of them."""
 
     plan: Plan
@@ -139,15 +142,15 @@ class _Split(NamedTuple):
     others: list[Parameter]
 
 
-class _Part(Part):
+class _Split(Holding):
     """Remembers the split for as long as plan and groups stay."""
 
-    _split: _Split | None = None
+    _split: _Parameters | None = None
 
-    def split(self, optimizer: Optimizer, plan: Plan) -> _Split:
+    def split(self, optimizer: Optimizer, plan: Plan) -> _Parameters:
         if self._split is None or self._split.plan is not plan:
             layers = {id(slot.parameter): slot.layer for slot in plan.slots}
-            self._split = _Split(plan, [], [], [])
+            self._split = _Parameters(plan, [], [], [])
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     layer = layers.get(id(p))
@@ -155,8 +158,8 @@ class _Part(Part):
                     cast("list[Parameter]", self._split[where]).append(p)
         return self._split
 
-    def refresh(self, optimizer: Optimizer) -> bool:
-        changed = super().refresh(optimizer)
+    def changed(self) -> bool:
+        changed = super().changed()
         if changed:
             self._split = None
         return changed

@@ -1,4 +1,4 @@
-"""What a user may ask for, validated together."""
+"""What a user may ask for, validated together, and what it comes to where something is left out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .schedule import Schedule
 
 Measure = Literal["fluctuation", "direction", "variance", "random"]
 ThresholdRule = Literal["mean", "std", "quantile"]
+Threshold = Literal["mean", "std", "quantile", "number"]
+ScheduleUnit = Literal["always", "epoch", "step"]
 Select = Literal["below", "above"]
 Timing = Literal["lagged", "exact"]
 Placement = Literal["gradient", "backward"]
@@ -209,18 +211,94 @@ class Options:
             if not _same(_plain(name, value), getattr(self, name))
         ]
 
+    def rules(self) -> Rules:
+        """What a step goes by: the one place that says what an option left out means."""
+        rule, schedule = self.threshold, self.schedule
+        values = {
+            "mean": 0.0,
+            "std": 1.0 if self.num_std is None else self.num_std,
+            "quantile": 0.5 if self.quantile is None else self.quantile,
+        }
+        windows = () if schedule is None else schedule.windows
+        backward = self.placement == "backward"
+        return Rules(
+            factor=self.factor,
+            measure=self.measure,
+            threshold=rule if isinstance(rule, str) else "number",
+            threshold_value=values[rule] if isinstance(rule, str) else rule,
+            select=self.select,
+            seed=self.seed or 0,
+            decay=1.0 if self.decay is None else self.decay,
+            min_steps=self.min_steps,
+            refresh=0 if self.refresh == "epoch" else self.refresh,
+            schedule_unit="always" if schedule is None else schedule.unit,
+            windows=tuple(
+                (float(start), float(stop), math.nan if factor is None else float(factor))
+                for start, stop, factor in windows
+            ),
+            exact=self.timing == "exact",
+            match_norm=self.match_norm,
+            max_norm=0.0 if self.max_norm is None else self.max_norm,
+            measure_every=(self.measure_every or 10) if backward else 1,
+            max_amplification=(self.max_amplification or 16.0) if backward else math.inf,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Options as a step goes by them: names and numbers, nothing left out.
+
+    Attributes:
+        factor: what the state begins with; a state's own may differ later.
+        threshold: ``"number"`` if the threshold is ``threshold_value`` itself.
+        threshold_value: standard deviations, quantile or threshold; 0 for ``"mean"``.
+        decay: 1 averages since the last restart.
+        refresh: a decision every so many counted steps; 0: when ``set_epoch`` tells a new epoch.
+        schedule_unit: that of ``windows``; ``"always"`` without any.
+        windows: (start, stop, factor); a factor of NaN is the state's.
+        exact: multiply by the selection made in this step.
+        max_norm: 0 does not clip.
+        measure_every: every so many steps is measured; 1 unless ``placement="backward"``.
+        max_amplification: bound of the product over all selected layers; infinite unless
+            ``placement="backward"``.
+    """
+
+    factor: float
+    measure: Measure
+    threshold: Threshold
+    threshold_value: float
+    select: Select
+    seed: int
+    decay: float
+    min_steps: int
+    refresh: int
+    schedule_unit: ScheduleUnit
+    windows: tuple[tuple[float, float, float], ...]
+    exact: bool
+    match_norm: bool
+    max_norm: float
+    measure_every: int
+    max_amplification: float
+
+    @property
     def needs_epochs(self) -> bool:
         """Whether a step means nothing before ``set_epoch``."""
-        by_epoch = self.schedule is not None and self.schedule.unit == "epoch"
-        return by_epoch or self.refresh == "epoch"
+        return self.schedule_unit == "epoch" or self.refresh == 0
 
+    @property
     def needs_norm(self) -> bool:
         """Whether gradients are multiplied by what depends on their norm."""
-        return self.match_norm or self.max_norm is not None
+        return self.match_norm or self.max_norm > 0
 
-    def one_pass(self) -> bool:
-        """Whether gradients are multiplied by what is known before they are measured."""
-        return self.timing == "lagged" and not self.needs_norm()
+    @property
+    def two_phases(self) -> bool:
+        """Whether gradients are multiplied by what this step's sums have yet to say."""
+        return self.exact or self.needs_norm
+
+    @property
+    def backward(self) -> bool:
+        """Whether backpropagation amplifies, and not the step."""
+        return self.measure_every > 1
 
 
 def _check_names(given: Iterable[str]) -> None:

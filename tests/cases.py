@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -211,6 +212,43 @@ def scaled(gradient: Tensor, multiplier: float) -> Tensor:
     if multiplier != 1:
         reals(copy).mul_(multiplier)
     return copy
+
+
+def flat(state: Any, path: str = "") -> dict[str, Any]:
+    """Nested containers to path -> leaf."""
+    if isinstance(state, dict):
+        items = [(str(key), value) for key, value in state.items()]
+    elif isinstance(state, (list, tuple)):
+        items = [(str(index), value) for index, value in enumerate(state)]
+    else:
+        return {path: state}
+    return {k: v for key, value in items for k, v in flat(value, f"{path}/{key}").items()}
+
+
+def hash_of(model: nn.Module, amplifier: Amplifier) -> str:
+    """Over every gradient and the state."""
+    out = hashlib.sha256()
+    for parameter in model.parameters():
+        out.update(bits(parameter.grad).numpy().tobytes())
+    for key, value in sorted(flat(amplifier.state_dict()).items()):
+        content = value.cpu().numpy().tobytes() if isinstance(value, Tensor) else value
+        out.update(f"{key}={content!r}".encode())
+    return out.hexdigest()
+
+
+def digest(place: Place, options: dict[str, Any], shapes: dict[str, Any]) -> str:
+    """A hash over every written gradient and every state of six steps."""
+    dtypes = (*REALS, *COMPLEX)
+    of = {name: dtypes[index % len(dtypes)] for index, name in enumerate(shapes)}
+    model = bare(shapes, of, place.device)
+    amplifier = place.amplifier(model, min_steps=2, refresh=2, **options)
+    stream, out = Stream(model), ""
+    for _ in range(6):
+        put(model, stream.next())
+        amplifier.step()
+        out += hash_of(model, amplifier)
+    assert any(layer.selected for layer in amplifier.report().layers)
+    return out
 
 
 # ---- the comparison -----------------------------------------------------------------

@@ -24,8 +24,9 @@ PRELOADED = [
     "gradamp_fast",
     "oracle",
 ]
-# A process that waits in vain, for another that failed, gives up after this.
-PATIENCE = datetime.timedelta(seconds=60)
+# A process that waits in vain, for another that hangs, gives up after this: longer than a busy
+# machine takes to start them all. One that fails closes its connections, which ends the others.
+PATIENCE = datetime.timedelta(seconds=300)
 
 
 def run(function: Callable[..., Any], processes: int, folder: Path, *args: Any) -> list[Any]:
@@ -38,10 +39,10 @@ def run(function: Callable[..., Any], processes: int, folder: Path, *args: Any) 
 
 def run_script(script: Path, processes: int, folder: Path) -> list[str]:
     """A script with the environment that torchrun makes for it; what each process prints."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-    return _run(_script, processes, folder, str(script), port)
+    with socket.socket() as held:  # so that nobody else is given the port meanwhile
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        return _run(_script, processes, folder, str(script), held.getsockname()[1])
 
 
 def _run(body: Callable[..., Any], processes: int, folder: Path, *args: Any) -> list[Any]:
@@ -81,6 +82,7 @@ def _joined(
         "gloo", init_method=store, rank=rank, world_size=processes, timeout=PATIENCE
     )
     try:
+        dist.barrier()  # one that fails at once would leave while others still connect to it
         return function(rank, *args)
     finally:
         dist.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl  # noqa: F401  # the interpreter looks for it
 
-from gradamp_fast.backends.triton_kernels.layers import decide
+from gradamp_fast.backends.triton.decide import decide
 
 
 @triton.jit

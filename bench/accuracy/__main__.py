@@ -16,18 +16,19 @@ import argparse
 import math
 import multiprocessing
 import sys
-import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench import models
-from bench.accuracy import figures, report
+from bench.accuracy import figures, models, report
+from bench.accuracy.data import NAMES, DataMissing
 from bench.accuracy.presets import RECIPES, experiment_for, name_of
-from bench.accuracy.stages import STAGES
-from bench.accuracy.worker import store_for, worker
-from bench.data import NAMES
+from bench.accuracy.stages import STAGES, NotReady
+from bench.accuracy.store import Store
+from bench.accuracy.work import Here, Place, work
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy"
 
@@ -45,7 +46,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--root", default="data", metavar="DIR", help="where CIFAR lies")
     add("--device", default="cuda" if cuda else "cpu", help="default here: %(default)s")
     add("--out", type=Path, default=OUT, metavar="DIR", help="where the CSV goes")
-    add("--seen", type=Path, action="append", default=[], metavar="DIR", help="more finished runs")
     add("--budget-s", type=float, default=math.inf, metavar="S", help="begin what ends in time")
     add("--workers", type=int, default=1, metavar="N", help="processes that share the work")
     add("--commit", metavar="HASH", help="of this code, where git cannot tell")
@@ -66,30 +66,29 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    started = time.time()
     given = arguments(argv)
     experiment = experiment_for(given)
+    store = Store(given.out / f"{given.data}-{given.device.partition(':')[0]}.csv")
     if given.stage == "report":
-        rows = store_for(given).rows()
-        name = name_of(given)
-        path = given.out / f"{name}.md"
-        drawn = figures.draw(experiment, rows, given.out, name)
-        path.write_text(report.page(experiment, rows, drawn))
-        print(path.read_text())
+        rows, name = store.rows(), name_of(given)
+        page = report.page(experiment, rows, figures.draw(experiment, rows, given.out, name))
+        (given.out / f"{name}.md").write_text(page)
+        print(page)
         return 0
-    if given.workers == 1:
-        worker(given, experiment, started)
-        return 0
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=worker, args=(given, experiment, started))
-        for _ in range(given.workers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return int(any(process.exitcode for process in processes))
+    pool: Executor = Here()
+    if given.workers > 1:
+        pool = ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"))
+    place = Place(given.root, given.device, given.commit)
+    say = partial(print, flush=True)
+    try:
+        with pool:
+            work(
+                given.stage, experiment, store, place.run, pool,
+                given.workers, given.budget_s, say,
+            )  # fmt: skip
+    except (DataMissing, NotReady, ValueError) as error:
+        sys.exit(f"python -m bench.accuracy: {error}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.accuracy.stages import Experiment, Family
-from bench.train import Recipe
+from bench.accuracy.train import Recipe
 
 CIFAR = Recipe(width=0.5, epochs=16, batch=512, lr=0.4, warmup=2 / 16, bf16=True)
 CONFIRM_WIDTH = 1.0  # on a GPU

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.data import Data
-from bench.train import Epoch, Recipe, Result, evaluate, train
+from bench.accuracy.data import Data
+from bench.accuracy.train import Recipe, Result, evaluate, train
 from gradamp_fast import Options, Report
 
 MEASURES = ("fluctuation", "direction", "variance")
@@ -31,7 +31,7 @@ class Run:
     Attributes:
         train: images trained on; None is all that are not held out.
         validation: training images held out, the same in all runs.
-        amplify: options as for `bench.train.train`; None is a plain run.
+        amplify: options as for `bench.accuracy.train.train`; None is a plain run.
         scores: keep all layers' scores, epoch by epoch.
         test: look at the test images when training is over.
     """
@@ -89,8 +89,8 @@ class Row:
     Attributes:
         validation, test: accuracy after the last epoch, 0 to 1; `test` is None but in stage 3.
         amplified: share of the elements that were amplified, averaged over the steps.
-        weights: JSON, for each layer the norm of its weights at the end, and the distance that
-            they moved in the last epoch, divided by it.
+        weights: JSON, the norm of each parameter at the end (up to version 0.2.0 of each layer,
+            with how far the last epoch moved it).
         layer_scores: JSON as `scores_of` makes it, or empty.
     """
 
@@ -129,49 +129,18 @@ class Row:
         return Row(**given)
 
 
-class Watcher:
-    """Keeps the model, and its parameters as they were an epoch ago."""
-
-    def __init__(self) -> None:
-        self.model: nn.Module | None = None
-        self.before: dict[str, torch.Tensor] = {}
-        self.now: dict[str, torch.Tensor] = {}
-
-    def __call__(self, number: int, epoch: Epoch, model: nn.Module) -> None:
-        self.model = model
-        self.before = self.now
-        self.now = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def weights(self) -> dict[str, tuple[float, float]]:
-        """Of each layer: the norm of its weights, and how far they moved, divided by it."""
-        assert self.model is not None
-        found = {}
-        for layer, module in self.model.named_modules():
-            names = [
-                f"{layer}.{name}".lstrip(".") for name, _ in module.named_parameters("", False)
-            ]
-            if names:
-                norm = _norm([self.now[name] for name in names])
-                moved = _norm([self.now[n] - self.before.get(n, self.now[n]) for n in names])
-                found[layer] = (rounded(norm), rounded(moved / norm if norm else math.nan))
-        return found
-
-
-def _norm(tensors: list[torch.Tensor]) -> float:
-    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
-
-
 def execute(run: Run, data: Data, about: Mapping[str, str]) -> Row:
     """Trains; `about` holds the row's other cells, such as stage and device."""
-    watcher = Watcher()
+    models: list[nn.Module] = []
     start = time.perf_counter()
     part = held_out(data, run.validation, run.train)
-    result = train(part, run.recipe, run.amplify, on_epoch=watcher)
-    assert watcher.model is not None
-    test = None
+    result = train(
+        part, run.recipe, run.amplify, on_epoch=lambda number, epoch, model: models.append(model)
+    )
+    model, test = models[-1], None
     if run.test:
         nothing = torch.zeros((), device=data.device)
-        test = evaluate(watcher.model, data, nothing, run.recipe.bf16).accuracy
+        test = evaluate(model, data, nothing, run.recipe.bf16).accuracy
     key, seed = run.key
     return Row(
         key=key,
@@ -183,10 +152,17 @@ def execute(run: Run, data: Data, about: Mapping[str, str]) -> Row:
         amplified=rounded(amplified_share(result)),
         seconds=round(time.perf_counter() - start, 2),
         config=run.config,
-        weights=compact(watcher.weights()),
-        layer_scores=compact(scores_of(result.history, watcher.model)) if run.scores else "",
+        weights=compact(norms(model)),
+        layer_scores=compact(scores_of(result.history, model)) if run.scores else "",
         **about,
     )
+
+
+def norms(model: nn.Module) -> dict[str, float]:
+    """Of each parameter."""
+    return {
+        name: rounded(float(p.detach().double().norm())) for name, p in model.named_parameters()
+    }
 
 
 @lru_cache(maxsize=2)

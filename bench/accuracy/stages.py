@@ -16,7 +16,7 @@ from bench.accuracy.repeatability import Repeatability, judge
 from bench.accuracy.runs import Row, Run
 from bench.accuracy.statistics import Interval, welch
 from bench.accuracy.store import Rows
-from bench.train import Recipe
+from bench.accuracy.train import Recipe
 from gradamp_fast import Schedule
 
 EXTENSIONS = 3  # how often a grid of learning rates may grow to either side

@@ -13,7 +13,9 @@ constexpr int kStep = kBlock < kWordBits ? kWordBits : kBlock;  // whole words, 
 constexpr int kStepVectors = kStep / kLanes;
 constexpr int kPrefetchBytes = 2048;  // measured: hides memory better than 0 and than 4096
 
-constexpr int64_t kMaxBuckets = 4096;  // of a tile: buckets of one element, or 1/16 of its elements
+// Buckets of a tile: only tensors of fewer elements than this have buckets of one element,
+// and a tile's buckets of 16 are fewer. The stepper checks that of every tensor it is given.
+constexpr int64_t kMaxBuckets = 4096;
 
 // What is added up for the moments. Every lane has a shift of its own, close to its elements,
 // so that a large mean costs no accuracy.
@@ -225,8 +227,8 @@ Moments measure_vectors(const T* data, int64_t first, int64_t n, float* buckets)
 
   float squares = 0.0f;
   for (int v = 0; v < kVectors; ++v) squares += sum_lanes(sums.d2[v]);
-  if (squares >= 1e-28f && squares <= 1e34f) return combine(sums, n);
-  return scaled_moments(data, n, sums, squares < 1e-28f);
+  if (squares_in_range(squares)) return combine(sums, n);
+  return scaled_moments(data, n, sums, squares < 1.0f);
 }
 
 // Few elements, or fp64: two passes in fp64.
@@ -302,7 +304,7 @@ SketchSums fold_buckets(const MeasureTile& tile, float* buckets, int64_t count) 
     const f64v s = __builtin_convertvector(scaled, f64v), h = widen(tile.means + b);
     const f32half next = narrow(moved_mean(s, h, tile.weight));
     std::memcpy(tile.next_means + b, &next, sizeof next);
-    lanes.count(s, h, __builtin_convertvector(next, f64v));
+    lanes.add(s, h, __builtin_convertvector(next, f64v));
   }
   SketchSums sums = {sum_lanes(lanes.power), sum_lanes(lanes.dot), sum_lanes(lanes.before),
                      sum_lanes(lanes.after)};
@@ -313,9 +315,9 @@ SketchSums fold_buckets(const MeasureTile& tile, float* buckets, int64_t count) 
   return sums;
 }
 
-TileSums measure(const MeasureTile& tile) {
+Sums measure(const MeasureTile& tile) {
   float buckets[kMaxBuckets];
-  TileSums sums;
+  Sums sums;
   sums.moments = measure_any(tile, buckets);
   sums.moments.mean *= tile.inverse;
   sums.moments.m2 *= tile.inverse * tile.inverse;

@@ -1,22 +1,15 @@
 // The work on one tile of one gradient, compiled once for each instruction set.
 #pragma once
 
-#include "../common.h"
-#include "../moments.h"
-#include "../sketch.h"
+#include "../rules/state.h"
 
 namespace gradamp::cpu {
-
-struct TileSums {
-  Moments moments;
-  SketchSums sketch;
-};
 
 struct MeasureTile {
   const void* data;    // the tile's first element, at any address
   DType dtype;
   int64_t first;       // its index in the whole tensor, for the signs; a multiple of 32
-  int64_t count;       // 1 ... kTileElements of step.h
+  int64_t count;       // 1 ... kTileElements of engine.h
   int bucket_log2;
   double inverse;      // what elements are multiplied by before they count
   double weight;       // of this step in the running means
@@ -25,7 +18,7 @@ struct MeasureTile {
 };
 
 struct TileKernels {
-  TileSums (*measure)(const MeasureTile& tile);
+  Sums (*measure)(const MeasureTile& tile);
   // data[0 .. count) *= multiplier, computed in fp32 (fp64 for fp64) and rounded once.
   void (*multiply)(void* data, DType dtype, int64_t count, double multiplier);
 };

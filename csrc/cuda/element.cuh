@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../common.h"
+#include "../rules/common.h"
 
 namespace gradamp::cuda {
 

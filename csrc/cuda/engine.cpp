@@ -96,24 +96,24 @@ class Arena {
 
 class CudaEngine final : public Engine {
  public:
-  CudaEngine(Layout layout, const Config& config, const StateView& state, at::Device device)
-      : layout_(std::move(layout)),
+  CudaEngine(Tiling tiling, const Config& config, const StateView& state, at::Device device)
+      : tiling_(std::move(tiling)),
         device_(device),
-        tagged_(layout_.num_tensors() + kLargeTable, 0) {
+        tagged_(tiling_.num_tensors() + kLargeTable, 0) {
     const c10::cuda::CUDAGuard guard(device_);
     const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device_.index());
     TORCH_CHECK(!is_capturing(stream),
                 "gradamp_fast: nothing can be allocated while a CUDA graph is captured: call "
                 "amplifier.prepare() or make one step before the capture");
-    check(inspect(hardware_), "loading the kernels");
-    cut(hardware_.large_table ? kLargeTable : kSmallTable);
+    check(inspect(limits_), "loading the kernels");
+    split_into_launches(limits_.large_table ? kLargeTable : kSmallTable);
     fill(config, state);
-    check(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming), "creating an event");
+    check(cudaEventCreateWithFlags(&step_done_, cudaEventDisableTiming), "creating an event");
     check(cudaStreamSynchronize(stream), "uploading the tables");
   }
 
   ~CudaEngine() override {
-    if (moved_) cudaEventDestroy(moved_);
+    if (step_done_) cudaEventDestroy(step_done_);
   }
   CudaEngine(const CudaEngine&) = delete;
   CudaEngine& operator=(const CudaEngine&) = delete;
@@ -127,23 +127,23 @@ class CudaEngine final : public Engine {
     const bool two_phases = args_.config.exact || norm;
     const bool measures_only = two_phases && in.sums;
     const bool with_excluded = (norm || unscale) && !measures_only;
-    for (int64_t t = 0; t < layout_.num_tensors(); ++t) {
+    for (int64_t t = 0; t < tiling_.num_tensors(); ++t) {
       tagged_[t] = reinterpret_cast<uint64_t>(in.gradients[t]) |
                    static_cast<uint64_t>(in.dtypes[t]) << kDTypeShift;
       // What is selected stands on the device: whatever may be written counts as written.
       in.written[t] =
-          in.gradients[t] && !measures_only && (t < layout_.measured || with_excluded);
+          in.gradients[t] && !measures_only && (t < tiling_.measured || with_excluded);
     }
     args_.grad_scale = in.grad_scale;
     args_.found_inf = in.found_inf;
     args_.unscale = unscale;
-    args_.exports = in.sums != nullptr;
+    args_.measure_only = in.sums != nullptr;
     args_.work.layers = in.sums ? in.sums : layer_sums_;
     if (stress_.poison) poison(stream);
     cudaError_t error = launch_all(two_phases, with_excluded, stream);
     if (error != cudaSuccess && all_.front().tensor_end > kSmallTable) {
       cudaGetLastError();  // a driver that refuses large parameters: in smaller portions
-      cut(kSmallTable);
+      split_into_launches(kSmallTable);
       error = launch_all(two_phases, with_excluded, stream);
     }
     check(error, "the launch of a step");
@@ -155,23 +155,23 @@ class CudaEngine final : public Engine {
   }
 
  private:
-  void cut(int capacity) {
-    measured_ = make_chunks(layout_, layout_.measured, capacity);
-    all_ = make_chunks(layout_, layout_.num_tensors(), capacity);
+  void split_into_launches(int capacity) {
+    measured_ = make_chunks(tiling_, tiling_.measured, capacity);
+    all_ = make_chunks(tiling_, tiling_.num_tensors(), capacity);
   }
 
   void fill(const Config& config, const StateView& state) {
-    const HostTables tables = make_tables(layout_);
-    const auto layers = static_cast<size_t>(layout_.num_layers);
-    const size_t tensor_info = arena_.put(layout_.tensors);
-    const size_t tile_tensor = arena_.put(tables.tile_tensor);
+    const HostTables tables = make_tables(tiling_);
+    const auto layers = static_cast<size_t>(tiling_.num_layers);
+    const size_t tensor_info = arena_.put(tiling_.tensors);
+    const size_t tile_tensor = arena_.put(tiling_.tile_tensor);
     const size_t layer_tiles = arena_.put(tables.layers);
     const size_t windows =
         arena_.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
     const size_t tickets = arena_.reserve<uint32_t>(tables.groups + layers + 2);
-    work_begin_ = arena_.reserve<TileSums>(layout_.num_tiles);
-    const size_t groups = arena_.reserve<TileSums>(tables.groups);
-    const size_t layer_sums = arena_.reserve<LayerSums>(layers + 1);
+    work_begin_ = arena_.reserve<Sums>(tiling_.num_tiles);
+    const size_t groups = arena_.reserve<Sums>(tables.groups);
+    const size_t layer_sums = arena_.reserve<Sums>(layers + 1);
     const size_t scores = arena_.reserve<double>(layers);
     const size_t amplified = arena_.reserve<double>(layers);
     const size_t verdict = arena_.reserve<Verdict>(1);
@@ -183,9 +183,9 @@ class CudaEngine final : public Engine {
     args_.tables = {arena_.at<TensorInfo>(tensor_info), arena_.at<int32_t>(tile_tensor),
                     arena_.at<LayerTiles>(layer_tiles)};
     uint32_t* const ticket = arena_.at<uint32_t>(tickets);
-    args_.work = {arena_.at<TileSums>(work_begin_),
-                  arena_.at<TileSums>(groups),
-                  arena_.at<LayerSums>(layer_sums),
+    args_.work = {arena_.at<Sums>(work_begin_),
+                  arena_.at<Sums>(groups),
+                  arena_.at<Sums>(layer_sums),
                   {arena_.at<double>(scores), arena_.at<double>(amplified)},
                   arena_.at<Verdict>(verdict),
                   ticket,
@@ -193,7 +193,7 @@ class CudaEngine final : public Engine {
                   ticket + tables.groups + layers + 1};
     layer_sums_ = args_.work.layers;
     args_.num_layers = static_cast<int32_t>(layers);
-    args_.measured = static_cast<int32_t>(layout_.measured);
+    args_.measured = static_cast<int32_t>(tiling_.measured);
   }
 
   // Steps on different streams follow one another. Graphs are captured on a stream of their
@@ -201,8 +201,8 @@ class CudaEngine final : public Engine {
   void follow(const c10::cuda::CUDAStream& stream) {
     if (last_ == stream || is_capturing(stream)) return;
     if (last_) {
-      check(cudaEventRecord(moved_, last_->stream()), "recording an event");
-      check(cudaStreamWaitEvent(stream, moved_), "waiting for an event");
+      check(cudaEventRecord(step_done_, last_->stream()), "recording an event");
+      check(cudaStreamWaitEvent(stream, step_done_), "waiting for an event");
     }
     arena_.used_on(stream.unwrap());
     last_ = stream;
@@ -217,12 +217,12 @@ class CudaEngine final : public Engine {
   cudaError_t launch_all(bool two_phases, bool with_excluded, cudaStream_t stream) {
     const std::vector<Chunk>& chunks = with_excluded ? all_ : measured_;
     args_.write_in_first_phase = !two_phases;
-    if (!two_phases || args_.exports) return launch_phase(kMeasure, chunks, stream);
-    if (chunks.size() == 1 && hardware_.cooperative && stress_.cooperative) {
+    if (!two_phases || args_.measure_only) return launch_phase(kMeasure, chunks, stream);
+    if (chunks.size() == 1 && limits_.cooperative && stress_.cooperative) {
       const cudaError_t error = launch_chunk(kBoth, chunks, 0, stream);
       if (error == cudaSuccess) return error;
       cudaGetLastError();  // refused: the same in two launches
-      hardware_.cooperative = false;
+      limits_.cooperative = false;
     }
     const cudaError_t error = launch_phase(kMeasure, chunks, stream);
     return error == cudaSuccess ? launch_phase(kMultiply, chunks, stream) : error;
@@ -244,32 +244,32 @@ class CudaEngine final : public Engine {
     args_.first_launch = i == 0;
     args_.last_launch = i + 1 == chunks.size();
     const int tiles = chunk.tile_end - chunk.tile_begin;
-    const int fitting = hardware_.blocks_per_processor * hardware_.processors;
+    const int fitting = limits_.blocks_per_processor * limits_.processors;
     const int useful = std::max(tiles / kWarps + (tiles % kWarps != 0), 1);
     const int blocks = std::min(stress_.blocks ? stress_.blocks : useful, fitting);
     return launch(args_, tagged_.data() + chunk.tensor_begin,
-                  chunk.tensor_end - chunk.tensor_begin, phases, blocks, hardware_, stream);
+                  chunk.tensor_end - chunk.tensor_begin, phases, blocks, limits_, stream);
   }
 
-  Layout layout_;
+  Tiling tiling_;
   at::Device device_;
-  Device hardware_ = {};
+  DeviceLimits limits_ = {};
   std::vector<Chunk> measured_, all_;  // launches of a step without and with excluded tensors
   Arena arena_;
   size_t work_begin_ = 0;  // of the arena's part that every step writes before it reads
-  LayerSums* layer_sums_ = nullptr;
+  Sums* layer_sums_ = nullptr;
   StepArgs args_ = {};
   std::vector<uint64_t> tagged_;  // read by launches up to the end of their table
   std::optional<c10::cuda::CUDAStream> last_;
-  cudaEvent_t moved_ = nullptr;
+  cudaEvent_t step_done_ = nullptr;
   Stress stress_;
 };
 
 }  // namespace
 
-std::unique_ptr<Engine> make_engine(Layout layout, const Config& config, const StateView& state,
+std::unique_ptr<Engine> make_engine(Tiling tiling, const Config& config, const StateView& state,
                                     at::Device device) {
-  return std::make_unique<CudaEngine>(std::move(layout), config, state, device);
+  return std::make_unique<CudaEngine>(std::move(tiling), config, state, device);
 }
 
 std::optional<std::string> unavailable(at::Device device) {
@@ -277,8 +277,8 @@ std::optional<std::string> unavailable(at::Device device) {
   cudaError_t error = cudaGetDeviceCount(&devices);
   if (error == cudaSuccess) {
     const c10::cuda::CUDAGuard guard(device);
-    Device hardware;
-    error = inspect(hardware);
+    DeviceLimits limits;
+    error = inspect(limits);
   }
   if (error == cudaSuccess) return std::nullopt;
   cudaGetLastError();

@@ -8,14 +8,14 @@
 #include <string>
 
 #include "../engine.h"
-#include "../layout.h"
+#include "../tiles.h"
 #include "tables.h"
 
 namespace gradamp::cuda {
 
 // Allocates and uploads everything a step needs; a step then only launches. Cannot be
 // called while a CUDA graph is captured.
-std::unique_ptr<Engine> make_engine(Layout layout, const Config& config, const StateView& state,
+std::unique_ptr<Engine> make_engine(Tiling tiling, const Config& config, const StateView& state,
                                     at::Device device);
 
 // Why the kernels of this build cannot run on the device, with the fix.

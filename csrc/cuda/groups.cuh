@@ -1,7 +1,7 @@
 // Threads that add up together, in a fixed order: see decide.h for what a Group is.
 #pragma once
 
-#include "../common.h"
+#include "../rules/common.h"
 
 namespace gradamp::cuda {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../decide.h"
+#include "../rules/decide.h"
 #include "../engine.h"
 #include "tables.h"
 
@@ -13,11 +13,6 @@ namespace gradamp::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-
-struct TileSums {
-  Moments moments;
-  SketchSums sketch;
-};
 
 // What the deciding block leaves for the second phase.
 struct Verdict {
@@ -32,9 +27,9 @@ struct Tables {  // on the device, written once
 };
 
 struct Workspace {  // on the device; every step writes what it reads
-  TileSums* tiles;
-  TileSums* groups;
-  LayerSums* layers;  // [num_layers + 1]
+  Sums* tiles;
+  Sums* groups;
+  Sums* layers;  // [num_layers + 1]
   Scratch scratch;
   Verdict* verdict;
   uint32_t* group_tickets;  // zero between steps
@@ -59,7 +54,7 @@ struct StepArgs {
   bool write_in_first_phase;   // multiplies as it measures
   bool first_launch;           // of the step
   bool last_launch;            // of the first phase: its last block decides
-  bool exports;                // it leaves work.layers to the caller instead: nothing is committed
+  bool measure_only;           // work.layers is left to the caller: nothing is committed
 };
 
 enum Phases : int { kMeasure = 1, kMultiply = 2, kBoth = 3 };
@@ -67,7 +62,7 @@ enum Phases : int { kMeasure = 1, kMultiply = 2, kBoth = 3 };
 // An address and the dtype behind it in one word: device pointers leave the top bits clear.
 constexpr int kDTypeShift = 60;
 
-struct Device {
+struct DeviceLimits {
   int processors;
   int blocks_per_processor;
   int kept_tiles;  // tiles a block keeps in shared memory between the phases
@@ -76,11 +71,11 @@ struct Device {
 };
 
 // Loads the kernels and reads what they can use of the current device.
-cudaError_t inspect(Device& device);
+cudaError_t inspect(DeviceLimits& limits);
 
 // `table` holds the tagged addresses of tensors [args.tensor_begin, ... + count) and may be
 // read up to the capacity of the table that `count` needs.
 cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
-                   int blocks, const Device& device, cudaStream_t stream);
+                   int blocks, const DeviceLimits& limits, cudaStream_t stream);
 
 }  // namespace gradamp::cuda

@@ -29,18 +29,18 @@ __device__ inline bool warp_is_last(uint32_t* ticket, int count) {
 }
 
 // Sums that another processor wrote: from L2.
-__device__ inline TileSums fresh(const TileSums* p) {
+__device__ inline Sums load_from_l2(const Sums* p) {
   const double* d = reinterpret_cast<const double*>(p);
   return {{__ldcg(d), __ldcg(d + 1), __ldcg(d + 2)},
           {__ldcg(d + 3), __ldcg(d + 4), __ldcg(d + 5), __ldcg(d + 6)}};
 }
 
 // Sums of p[0 .. count), the same in every lane: each lane's in order, then across lanes.
-__device__ inline TileSums warp_total(const TileSums* p, int count) {
-  TileSums mine;
+__device__ inline Sums warp_total(const Sums* p, int count) {
+  Sums mine;
 #pragma unroll 1
   for (int i = lane_index(); i < count; i += 32) {
-    const TileSums next = fresh(p + i);
+    const Sums next = load_from_l2(p + i);
     mine.moments = merge(mine.moments, next.moments);
     add(mine.sketch, next.sketch);
   }
@@ -57,7 +57,7 @@ __device__ inline void random_delay(uint32_t seed, int tile) {
 }
 
 // Publishes a tile's sums; the last warp of a layer adds the layer up.
-__device__ inline void publish(const StepArgs& a, int tile, int layer, const TileSums& sums) {
+__device__ inline void publish(const StepArgs& a, int tile, int layer, const Sums& sums) {
   const Workspace& w = a.work;
   const LayerTiles at = a.tables.layers[layer];
   const bool leader = lane_index() == 0;
@@ -69,7 +69,7 @@ __device__ inline void publish(const StepArgs& a, int tile, int layer, const Til
   const int left = at.first_tile + at.tiles - first;
   const int count = left < kGroupTiles ? left : kGroupTiles;
   if (!warp_is_last(w.group_tickets + at.first_group + group, count)) return;
-  const TileSums of_group = warp_total(w.tiles + first, count);
+  const Sums of_group = warp_total(w.tiles + first, count);
   if (at.groups == 1) {
     if (leader) w.layers[layer] = {of_group.moments, of_group.sketch};
     return;
@@ -77,7 +77,7 @@ __device__ inline void publish(const StepArgs& a, int tile, int layer, const Til
   if (leader) w.groups[at.first_group + group] = of_group;
 
   if (!warp_is_last(w.layer_tickets + layer, at.groups)) return;
-  const TileSums of_layer = warp_total(w.groups + at.first_group, at.groups);
+  const Sums of_layer = warp_total(w.groups + at.first_group, at.groups);
   if (leader) w.layers[layer] = {of_layer.moments, of_layer.sketch};
 }
 

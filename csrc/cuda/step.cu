@@ -5,7 +5,7 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
-#include "../decide.h"
+#include "../rules/decide.h"
 #include "launch.h"
 #include "publish.cuh"
 #include "tile.cuh"
@@ -47,10 +47,6 @@ struct Job {
   RunningMeans means;  // null: excluded
 };
 
-__device__ inline int element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
 template <int kCapacity>
 __device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>& table, int tile) {
   Job job = {};
@@ -68,10 +64,6 @@ __device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>
   job.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
   job.tile.first_word = info.first_word + static_cast<uint32_t>(job.first >> 5);
   return job;
-}
-
-__device__ inline double as_applied(double multiplier, DType dtype) {
-  return dtype == DType::kFloat64 ? multiplier : static_cast<double>(static_cast<float>(multiplier));
 }
 
 __device__ inline double inverse_scale(const StepArgs& a) {
@@ -116,7 +108,7 @@ __device__ inline WarpMemory& warp_memory() {
 // A tile's sums from those of the lanes.
 __device__ inline void finish_tile(const StepArgs& a, const Moments& lane) {
   WarpGroup warp;
-  TileSums sums = {merge_all(lane, warp), SketchSums{}};
+  Sums sums = {merge_all(lane, warp), SketchSums{}};
   __syncwarp();
   const WarpMemory& memory = warp_memory();
   const Job& job = memory.job;
@@ -145,7 +137,7 @@ __device__ inline void measure_tile(const StepArgs& a, const AddressTable<kCapac
   __syncwarp();
   if (warp.rank() == 0) warp_memory().job = job;
   __syncwarp();
-  if (!job.tile.data) return publish(a, tile, job.layer, TileSums{});
+  if (!job.tile.data) return publish(a, tile, job.layer, Sums{});
   const double multiplier = standing_multiplier(a, job, factor);
   const Moments lane = with_element(job.dtype, [&](auto element) {
     using E = decltype(element);
@@ -210,8 +202,8 @@ __device__ inline void conclude(const StepArgs& a) {
   const Workspace& w = a.work;
   GlobalState& global = *a.state.global;
   for (int l = block.rank(); l <= a.num_layers; l += block.size())
-    if (a.tables.layers[l].tiles == 0) w.layers[l] = LayerSums{};
-  if (a.exports) return;
+    if (a.tables.layers[l].tiles == 0) w.layers[l] = Sums{};
+  if (a.measure_only) return;
   block.barrier();
   const double factor = active_factor(a.config, global);
   const bool counted = commit(a.config, global, a.state.layers, w.layers, a.num_layers, w.scratch,
@@ -234,7 +226,7 @@ __device__ inline void conclude(const StepArgs& a) {
   }
 }
 
-__device__ inline void count_skipped_step(const StepArgs& a) {
+__device__ inline void record_skipped_step(const StepArgs& a) {
   a.state.global->step += 1.0;
   a.state.global->skipped_steps += 1.0;
   a.work.verdict->counted = 0;
@@ -251,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (phases & kMeasure) {
     // Every block reads this before its ticket, and only the last to take one writes it.
     if (a.found_inf && *a.found_inf != 0.0f) {
-      if (first_thread && a.first_launch && !a.exports) count_skipped_step(a);
+      if (first_thread && a.first_launch && !a.measure_only) record_skipped_step(a);
       return;
     }
     measure_tiles(a, table, kept_tiles);
@@ -286,13 +278,13 @@ cudaError_t prepare(int capacity, int shared, int& blocks) {
 
 }  // namespace
 
-cudaError_t inspect(Device& device) {
+cudaError_t inspect(DeviceLimits& limits) {
   int current = 0, driver = 0, cooperative = 0, shared_optin = 0, shared_processor = 0;
   cudaError_t error = cudaGetDevice(&current);
   const auto attribute = [&](int& value, cudaDeviceAttr name) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, name, current);
   };
-  attribute(device.processors, cudaDevAttrMultiProcessorCount);
+  attribute(limits.processors, cudaDevAttrMultiProcessorCount);
   attribute(cooperative, cudaDevAttrCooperativeLaunch);
   attribute(shared_optin, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   attribute(shared_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
@@ -303,26 +295,26 @@ cudaError_t inspect(Device& device) {
   const int per_block = shared_processor / kMinBlocks;
   const int usable = (per_block < shared_optin ? per_block : shared_optin) - kReserved;
   const int kept = usable < 0 ? 0 : usable / kKeptBytes;
-  device.kept_tiles = kept < kWarps ? kept : kWarps;
-  device.cooperative = cooperative != 0;
-  const int shared = device.kept_tiles * kKeptBytes;
-  error = prepare(kSmallTable, shared, device.blocks_per_processor);
+  limits.kept_tiles = kept < kWarps ? kept : kWarps;
+  limits.cooperative = cooperative != 0;
+  const int shared = limits.kept_tiles * kKeptBytes;
+  error = prepare(kSmallTable, shared, limits.blocks_per_processor);
   if (error != cudaSuccess) return error;
 
   int blocks = 0;
-  device.large_table = driver >= 12010 && prepare(kLargeTable, shared, blocks) == cudaSuccess;
-  if (!device.large_table) {
+  limits.large_table = driver >= 12010 && prepare(kLargeTable, shared, blocks) == cudaSuccess;
+  if (!limits.large_table) {
     cudaGetLastError();  // a refusal of the large table is no error
-  } else if (blocks < device.blocks_per_processor) {
-    device.blocks_per_processor = blocks;
+  } else if (blocks < limits.blocks_per_processor) {
+    limits.blocks_per_processor = blocks;
   }
   return cudaSuccess;
 }
 
 cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
-                   int blocks, const Device& device, cudaStream_t stream) {
+                   int blocks, const DeviceLimits& limits, cudaStream_t stream) {
   int phase_bits = phases;
-  int kept_tiles = phases == kBoth ? device.kept_tiles : 0;
+  int kept_tiles = phases == kBoth ? limits.kept_tiles : 0;
   void* parameters[] = {const_cast<StepArgs*>(&args), const_cast<uint64_t*>(table), &phase_bits,
                         &kept_tiles};
   const void* const kernel = kernel_for(count <= kSmallTable ? kSmallTable : kLargeTable);

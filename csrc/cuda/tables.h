@@ -5,13 +5,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "../layout.h"
+#include "../tiles.h"
 
 namespace gradamp::cuda {
 
 // A warp works on one tile at a time; 16 KB of fp32.
 constexpr int64_t kTileElements = 4096;
-// Tiles of one layer whose sums are merged before the layer's are.
+// So many tiles of one layer are merged before the layer's are: one for each lane of the warp
+// that comes last, which then loads all their sums at once. (A Triton program merges 256 rows
+// at once, so its groups are of 256.)
 constexpr int kGroupTiles = 32;
 
 // Addresses travel by value in the kernel's parameters, whose limit is 4 KB, or 32,764
@@ -28,13 +30,11 @@ struct LayerTiles {
 };
 
 struct HostTables {
-  std::vector<int32_t> tile_tensor;
   std::vector<LayerTiles> layers;  // [num_layers + 1]
   int32_t groups;
 };
 
-// Throws std::length_error for more tiles than 32 bits count: 8.8e12 elements.
-HostTables make_tables(const Layout& layout);
+HostTables make_tables(const Tiling& tiling);
 
 // Tensors and tiles of one launch.
 struct Chunk {
@@ -44,6 +44,6 @@ struct Chunk {
 
 // Tensors [0, tensors) in as few launches as tables of `capacity` addresses allow. Never
 // none: a step without tiles is a step, and the launch that counts it must be made.
-std::vector<Chunk> make_chunks(const Layout& layout, int64_t tensors, int capacity);
+std::vector<Chunk> make_chunks(const Tiling& tiling, int64_t tensors, int capacity);
 
 }  // namespace gradamp::cuda

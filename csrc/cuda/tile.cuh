@@ -6,8 +6,8 @@
 // depend on alignment.
 #pragma once
 
-#include "../moments.h"
-#include "../sketch.h"
+#include "../rules/moments.h"
+#include "../rules/sketch.h"
 #include "element.cuh"
 #include "groups.cuh"
 #include "launch.h"
@@ -83,7 +83,7 @@ __device__ inline VectorSums<E> add_up(uint4 raw, typename E::Wide shift, uint32
 
 template <class E>
 __device__ inline bool squares_out_of_range(typename E::Wide d2) {
-  return sizeof(d2) == 4 && !(d2 >= typename E::Wide(1e-28f) && d2 <= typename E::Wide(1e34f));
+  return sizeof(d2) == 4 && !squares_in_range(static_cast<float>(d2));
 }
 
 // Sums of x - shift and its square, of vectors whose squares leave the range of fp32: taken

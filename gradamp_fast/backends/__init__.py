@@ -5,50 +5,23 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from .._checks import one_of
-from ..gradients import Outcome
-from ..options import BackendName, Options
-from ..plan import Plan
-from ..state import State
-from .cpu import CpuBackend
-from .cuda import CudaBackend
-from .sharded import Measuring, ShardedBackend
+from ..model.plan import Plan
+from ..options import BackendName, Rules
+from ..reference.state import State
+from .backward import BackwardSteps
+from .compiled import CpuBackend, CudaBackend
+from .sharded import ShardedBackend
+from .stepping import Backend, Measuring, Stepping
 from .torch import TorchBackend
 from .triton import TritonBackend
 
-
-class Stepping(Protocol):
-    """Makes the steps of one plan on the device that holds its state."""
-
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        """One step; ``only`` has a byte for each slot, 0 for one that is left out."""
-        ...
-
-
-class Backend(Stepping, Protocol):
-    """One that may be asked for by name."""
-
-    name: ClassVar[str]
-
-    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
-
-    @staticmethod
-    def unavailable(device: torch.device) -> str | None:
-        """Why the backend cannot serve the device, with the fix; None if it can."""
-        ...
-
+__all__ = ["NAMES", "Backend", "Measuring", "Stepping", "choose", "make", "unavailable"]
 
 _BACKENDS: dict[str, type[Backend]] = {
     backend.name: backend for backend in (CudaBackend, TritonBackend, CpuBackend, TorchBackend)
@@ -66,15 +39,16 @@ def unavailable(name: str, device: torch.device) -> str | None:
 
 def choose(
     name: str, device: torch.device, sharded: bool = False
-) -> Callable[[Plan, State, Options], Stepping]:
+) -> Callable[[Plan, State, Rules], Stepping]:
     """The backend asked for, or for "auto" the first that can serve the device.
 
     ``sharded``: gradients are spread over processes. ``GRADAMP_BACKEND`` in the environment
-    overrides "auto". Raises RuntimeError for a backend asked for by name that cannot run.
+    overrides "auto" unless it is empty. Raises RuntimeError for a backend asked for by name that
+    cannot run, ValueError if the variable names none.
     """
     if name == "auto":
-        name = os.environ.get("GRADAMP_BACKEND", "auto")
-        one_of("GRADAMP_BACKEND", name, get_args(BackendName))
+        name = os.environ.get("GRADAMP_BACKEND") or "auto"
+        one_of("environment variable GRADAMP_BACKEND", name, get_args(BackendName))
     able: dict[str, Any] = _MEASURING if sharded else _BACKENDS
     if name == "auto":
         chosen = next(b for b in able.values() if b.unavailable(device) is None)
@@ -86,3 +60,11 @@ def choose(
             raise RuntimeError(f"backend {name!r} cannot run on {device}: {reason}")
         chosen = able[name]
     return functools.partial(ShardedBackend, chosen) if sharded else chosen
+
+
+def make(name: str, plan: Plan, state: State, rules: Rules, model: nn.Module | None) -> Stepping:
+    """The steps of a plan, by the backend asked for; raises as ``choose`` does."""
+    chosen = choose(name, state.device, plan.sharded)
+    if rules.backward:
+        return BackwardSteps(chosen, plan, state, rules, model)
+    return chosen(plan, state, rules)

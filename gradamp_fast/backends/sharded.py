@@ -5,48 +5,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
-from ..gradients import GradientReader, Outcome
-from ..options import Options
-from ..plan import Plan
+from ..call import Call, Outcome
+from ..model.gradients import GradientReader
+from ..model.plan import Plan
+from ..model.shards import group_of
+from ..options import Rules
 from ..reference import Sums
-from ..shards import group_of
-from ..state import FIELDS, GLOBALS, State
+from ..reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
+from .stepping import Measuring, Stepping
 
-# Below this share of the sum of squares a sum of squared deviations is rounding of the former.
+# A sum of squared deviations below this share of the sum of squares is nothing but the rounding of
+# the latter: 1e-13 is 450 times fp64's resolution.
 _RESOLUTION = 1e-13
+# What backends write has a column more than Sums: csrc/rules/state.h pads its rows.
+SUMS_COLUMNS = 8
 
 
-class Measuring(Protocol):
-    """What a backend has that can serve here, beside what every ``Backend`` has."""
-
-    def __init__(self, plan: Plan, state: State, options: Options) -> None: ...
-
-    def measure(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        sums: Tensor,
-    ) -> None:
-        """A step up to its sums; nothing is committed.
-
-        Flat gradients, one or None for each slot, are multiplied by what stood before the step
-        if ``Options.one_pass()``, and unless ``found_inf`` is set. Each tensor's new running
-        means go to the row of the sketch that is not in use. ``sums``, fp64 [layers + 1, 7], gets
-        ``reference.Sums`` of each layer; its last row may hold anything.
-        """
-        ...
-
-
-class ShardedBackend:
+class ShardedBackend(Stepping):
     """Makes the steps of a plan some of whose parameters are DTensors.
 
     A backend measures the parts that are here, and multiplies them where that needs no sums. One
@@ -56,10 +37,8 @@ class ShardedBackend:
     is known to all. Where nothing waits for the sums the all-reduce runs on until ``settle``.
     """
 
-    def __init__(
-        self, measuring: type[Measuring], plan: Plan, state: State, options: Options
-    ) -> None:
-        self.plan, self.state, self.options = plan, state, options
+    def __init__(self, measuring: type[Measuring], plan: Plan, state: State, rules: Rules) -> None:
+        self.plan, self.state, self.rules = plan, state, rules
         self.reader = GradientReader(plan, state.device)
         self.group = group_of(slot.shard for slot in plan.slots if slot.shard is not None)
         self.copies = [
@@ -77,53 +56,35 @@ class ShardedBackend:
         self.members = _members(layers).to(state.device)
         # What the measuring backend sees of the state: the same sketch, a row for each part.
         self.seen = copy.copy(state)
-        self.seen.values = state.values.new_zeros(len(GLOBALS) + len(FIELDS) * len(layers))
-        self.sums = state.values.new_zeros((len(layers) + 1, len(Sums._fields)))
-        self.measuring = measuring(parts, self.seen, options)
-        self._pending: Callable[[], Tensor] | None = None
+        self.seen.values = state.values.new_zeros(
+            len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(layers)
+        )
+        self.sums = state.values.new_zeros((len(layers) + 1, SUMS_COLUMNS))
+        self.measuring = measuring(parts, self.seen, rules)
+        self._pending: Callable[[], None] | None = None
 
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        gradients = self.reader.read(only, walked)
+    def step(self, call: Call) -> Outcome:
+        gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
         self.settle()
-        state, options = self.state, self.options
-        factor = reference.active_factor(state, options).clone()
-
-        def start(inverse: Tensor, halted: Tensor) -> Callable[[], tuple[Sums, Tensor]]:
-            self._measure(gradients, grad_scale, found_inf, unscale)
-            return self._add_up(gradients, inverse, halted)
-
-        if options.one_pass():
-            halted = reference.is_marked(state, found_inf)
-            added_up = start(reference.inverse_scale(state, grad_scale), halted)
+        state, rules = self.state, self.rules
+        before = reference.standing(state, rules, call)
+        self._measure(gradients, call)
+        added_up = self._add_up(gradients, before)
+        if rules.two_phases:
+            sums, excluded = added_up()
+            reference.finish(self.plan, state, rules, gradients, call, before, sums, excluded)
+        else:
             measured = reference.touched(self.plan, gradients)
 
-            def commit() -> Tensor:
-                return reference.commit(state, options, added_up()[0], measured, factor, halted)
+            def commit() -> None:
+                counted = reference.commit(state, rules, added_up()[0], measured, before)
+                reference.mark_found_inf(call.found_inf, counted)
 
             self._pending = commit
-            if found_inf is not None:
-                reference.mark(found_inf, self._pending())
-                self._pending = None
-        else:
-            reference.step(
-                self.plan,
-                state,
-                options,
-                gradients,
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-                unscale=unscale,
-                statistics=lambda inverse, halted: start(inverse, halted)(),
-            )
+            if call.found_inf is not None:
+                self.settle()
         self.reader.write_back()
         # A DTensor has a version of its own; which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
@@ -136,43 +97,37 @@ class ShardedBackend:
         return Outcome.DONE
 
     def settle(self) -> None:
-        """Waits for the sums of the last step, if they are under way, and commits them."""
+        """Waits for the sums of the last step and commits them."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending()
 
     def found_anywhere(self, layers: Sequence[int]) -> list[int]:
-        """The layers that some process gives. A collective, and waits for the device."""
+        """A collective."""
         found = torch.zeros(len(self.plan.layers), device=self.state.device)
         found[list(layers)] = 1.0
         dist.all_reduce(found, group=self.group)
         return found.nonzero().flatten().tolist()
 
-    def _measure(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-    ) -> None:
-        self.seen.values[: len(GLOBALS)] = self.state.values[: len(GLOBALS)]
+    def _measure(self, gradients: Sequence[Tensor | None], call: Call) -> None:
+        self.seen.values[: len(GLOBAL_FIELDS)] = self.state.values[: len(GLOBAL_FIELDS)]
         self.seen.layers.copy_(self.state.layers[self.part_layer])
-        self.measuring.measure(gradients, grad_scale, found_inf, unscale, self.sums)
+        self.measuring.measure(gradients, call, self.sums)
 
     def _add_up(
-        self, gradients: Sequence[Tensor | None], inverse: Tensor, halted: Tensor
+        self, gradients: Sequence[Tensor | None], before: reference.Standing
     ) -> Callable[[], tuple[Sums, Tensor]]:
         """Starts the all-reduce; what is returned waits for it.
 
         That is every layer's sums, and the sum of squares of excluded gradients.
         """
-        rows = additive(self.sums[:-1]) / self.part_copies
+        rows = additive(self.sums[:-1, : len(Sums._fields)]) / self.part_copies
         last = torch.zeros_like(rows[:1])
         table = torch.cat((rows, last))[self.members].sum(dim=1)
-        if self.options.needs_norm():
-            excluded = reference.excluded_squares(self.plan, gradients, inverse, self.copies)
+        if self.rules.needs_norm:
+            excluded = reference.excluded_squares(self.plan, gradients, before.inverse, self.copies)
             last[:, Sums._fields.index("m2")] = excluded
-        table = torch.cat((table, last)).masked_fill_(halted, torch.nan)
+        table = torch.cat((table, last)).masked_fill_(before.skipped, torch.nan)
         work = dist.all_reduce(table, group=self.group, async_op=True)
 
         def wait() -> tuple[Sums, Tensor]:

@@ -9,64 +9,43 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..gradients import GradientReader, Outcome
-from ..options import Options
-from ..plan import Plan
-from ..state import State
+from ..call import Call, Outcome
+from ..model.gradients import GradientReader
+from ..model.plan import Plan
+from ..options import Rules
+from ..reference.state import State
+from .stepping import Measuring
 
 
-class TorchBackend:
+class TorchBackend(Measuring):
     """Runs ``reference.step``."""
 
     name: ClassVar[str] = "torch"
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None:
-        self.plan, self.state, self.options = plan, state, options
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
+        self.plan, self.state, self.rules = plan, state, rules
         self.reader = GradientReader(plan, state.device)
 
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        gradients = self.reader.read(only, walked)
+    def step(self, call: Call) -> Outcome:
+        gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
-        reference.step(
-            self.plan,
-            self.state,
-            self.options,
-            gradients,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            unscale=unscale,
-        )
+        reference.step(self.plan, self.state, self.rules, gradients, call)
         self.reader.write_back()
         return Outcome.DONE
 
-    def measure(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        sums: Tensor,
-    ) -> None:
-        state, options = self.state, self.options
-        inverse = reference.inverse_scale(state, grad_scale)
-        measured = reference.measure(self.plan, state, options, gradients, inverse)
-        sums[:-1] = torch.stack(measured, dim=1)
-        if options.one_pass():
+    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
+        before = reference.standing(self.state, self.rules, call)
+        measured = reference.measure(self.plan, self.state, self.rules, gradients, before.inverse)
+        sums[:-1, : len(measured)] = torch.stack(measured, dim=1)
+        if not self.rules.two_phases:
             reference.multiply(
                 self.plan,
                 gradients,
-                state.column("selected"),
-                reference.active_factor(state, options),
-                inverse if unscale else torch.ones_like(inverse),
-                ~reference.is_marked(state, found_inf),
+                before.selected,
+                before.factor,
+                before.inverse if call.unscale else torch.ones_like(before.inverse),
+                ~before.skipped,
             )
 
     @staticmethod

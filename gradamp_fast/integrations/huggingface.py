@@ -12,7 +12,7 @@ import torch
 
 from ..amplifier import Amplifier
 from ..attach import Attachment
-from ..layers import unwrap
+from ..model.walk import unwrap
 from ..options import Options
 
 try:
@@ -59,10 +59,10 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
             )
         self.on_train_end(args, state, control)
         model = kwargs["model"]
-        if self.amplifier is None or self.amplifier._model() is not unwrap(model):
+        if self.amplifier is None or self.amplifier.bound.model is not unwrap(model):
             self.amplifier = None  # before its successor, which may want the same parameters
             self.amplifier = Amplifier(model, **vars(self._options))
-        if self.amplifier._plan.sharded and args.save_strategy != "no":
+        if self.amplifier.bound.plan.sharded and args.save_strategy != "no":
             raise ValueError(
                 "the Trainer asks one process alone for a callback's state, and that of sharded "
                 "gradients takes all of them: give TrainingArguments save_strategy='no', or attach "
@@ -76,7 +76,7 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
         """``state`` is the checkpoint's in a resumed run; the Trainer leaves our part to us."""
         assert self.amplifier is not None
         self._epoch = int(state.epoch)
-        # the Trainer looks the key up when it saves; a checkpoint from before may be without
+        # The Trainer looks the key up when it saves, and an older checkpoint may be without.
         found = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if state.global_step == 0:
             return

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from ..amplifier import Amplifier
 from ..attach import Attachment, innermost
-from ..layers import unwrap
+from ..bound_model import BoundModel
+from ..model.walk import unwrap
 from ..options import Options
 
 # The library goes by two names with classes of their own; the callback serves trainers of both.
@@ -47,7 +48,7 @@ class GradientAmplification(*_BASES):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first hook at which optimizers are made and checkpoints restored everywhere."""
         self.on_train_end(trainer, pl_module)
-        if self.amplifier is None or self.amplifier._model() is not unwrap(pl_module):
+        if self.amplifier is None or self.amplifier.bound.model is not unwrap(pl_module):
             self.amplifier = None  # before its successor, which may want the same parameters
             self.amplifier = Amplifier(pl_module, **vars(self._options))
         if self._stored:
@@ -55,7 +56,7 @@ class GradientAmplification(*_BASES):  # type: ignore[misc]
             self._stored = {}
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         for optimizer in map(innermost, trainer.optimizers):
-            self._steps[optimizer] = _Step(self.amplifier, optimizer, scaled)
+            self._steps[optimizer] = _Step(self.amplifier.bound, optimizer, scaled)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         assert self.amplifier is not None
@@ -84,12 +85,12 @@ class _Step(Attachment):
     knows the scale only within its step: there the step is the optimizer's hook.
     """
 
-    def __init__(self, amplifier: Amplifier, optimizer: Optimizer, scaled: bool) -> None:
-        super().__init__(amplifier, optimizer)
+    def __init__(self, bound: BoundModel, optimizer: Optimizer, scaled: bool) -> None:
+        super().__init__(bound, optimizer)
         self._hooked = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
 
     def called(self) -> None:
-        optimizer = self._optimizer()
+        optimizer = self._holding.optimizer
         if not self._hooked and optimizer is not None:
             self._step(optimizer)
 

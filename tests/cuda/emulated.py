@@ -12,15 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradamp_fast.backends._compiled import for_kernel
-from gradamp_fast.gradients import GradientReader, Outcome
-from gradamp_fast.options import Options
-from gradamp_fast.plan import Plan
-from gradamp_fast.state import State
+from gradamp_fast.backends.compiled import for_kernel
+from gradamp_fast.backends.stepping import Measuring
+from gradamp_fast.call import Call, Outcome
+from gradamp_fast.model.gradients import DTYPES, GradientReader
+from gradamp_fast.model.plan import Plan
+from gradamp_fast.options import Rules
+from gradamp_fast.reference.state import State
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # DType of csrc/common.h
 ORDER = ("measure", "threshold", "threshold_value", "select", "exact", "match_norm", "max_norm")
 ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed")
 
@@ -54,7 +55,7 @@ def compiled(compiler: str, folder: Path) -> ctypes.CDLL:
         assert "asm" not in text, path.name
     assert set(counts.values()) == {1}, counts
     library = folder / "emulated.so"
-    files = [HERE / "emulator.cpp", source / "layout.cpp", source / "cuda" / "tables.cpp"]
+    files = [HERE / "emulator.cpp", source / "tiles.cpp", source / "cuda" / "tables.cpp"]
     includes = [f"-I{HERE / 'shim'}", f"-I{source / 'cuda'}"]
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-x", "c++"]
     subprocess.run([compiler, *flags, *includes, *map(str, files), "-o", str(library)], check=True)
@@ -67,7 +68,7 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
 
 
-class EmulatedBackend:
+class EmulatedBackend(Measuring):
     """A backend like CudaBackend; tests set what a step must not depend on."""
 
     name: ClassVar[str] = "emulated"
@@ -78,10 +79,10 @@ class EmulatedBackend:
     seed: ClassVar[int] = 0
     launches: ClassVar[int] = 0  # of the last step
 
-    def __init__(self, plan: Plan, state: State, options: Options) -> None:
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         self.reader = GradientReader(plan, state.device)
         self.state = state
-        numbers: dict[str, Any] = for_kernel(options)
+        numbers: dict[str, Any] = for_kernel(rules)
         values = [float(numbers[name]) for name in ORDER] + [float(len(numbers["windows"]))]
         windows = [number for window in numbers["windows"] for number in window]
         count = len(plan.slots)
@@ -106,48 +107,27 @@ class EmulatedBackend:
     def __del__(self) -> None:
         self.library.emulated_delete(self.engine)
 
-    def step(
-        self,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        only: bytes | None,
-        walked: bool,
-    ) -> Outcome:
-        gradients = self.reader.read(only, walked)
+    def step(self, call: Call) -> Outcome:
+        gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
-        self.launch(gradients, grad_scale, found_inf, unscale, None)
+        self.launch(gradients, call, None)
         self.reader.write_back()
         return Outcome.DONE
 
-    def measure(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        sums: Tensor,
-    ) -> None:
-        self.launch(gradients, grad_scale, found_inf, unscale, sums)
+    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
+        self.launch(gradients, call, sums)
 
-    def launch(
-        self,
-        gradients: Sequence[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        unscale: bool,
-        sums: Tensor | None,
-    ) -> None:
+    def launch(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None) -> None:
         given = [g if g is not None and g.numel() else None for g in gradients]
         dtypes = [DTYPES.index(g.dtype) if g is not None else 0 for g in given]
         launches = self.library.emulated_step(
             self.engine,
             (ctypes.c_void_p * len(given))(*(pointer(g).value for g in given)),
             (ctypes.c_int32 * len(given))(*dtypes),
-            pointer(grad_scale),
-            pointer(found_inf),
-            int(unscale),
+            pointer(call.grad_scale),
+            pointer(call.found_inf),
+            int(call.unscale),
             pointer(sums),
             self.capacity,
             self.blocks,

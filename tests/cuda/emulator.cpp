@@ -115,16 +115,16 @@ cudaError_t cudaLaunchCooperativeKernel(const void* kernel, int, int threads, vo
 namespace {
 
 struct Emulated {
-  Layout layout;
+  Tiling tiling;
   HostTables tables;
   std::vector<Window> windows;
-  std::vector<TileSums> tiles, groups;
-  std::vector<LayerSums> layers;
+  std::vector<Sums> tiles, groups;
+  std::vector<Sums> layers;
   std::vector<double> scores, amplified;
   std::vector<uint32_t> tickets;
   Verdict verdict;
   StepArgs args = {};
-  Device device = {};
+  DeviceLimits device = {};
 };
 
 template <class T>
@@ -142,8 +142,8 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
   std::vector<TensorInfo> infos;
   for (int64_t t = 0; t < tensors; ++t)
     infos.push_back({numel[t], 0, first_bucket[t], layer[t], bucket_log2[t], first_word[t]});
-  auto* e = new Emulated{Layout(infos, layers, kTileElements)};
-  e->tables = make_tables(e->layout);
+  auto* e = new Emulated{Tiling(infos, layers, kTileElements)};
+  e->tables = make_tables(e->tiling);
   Config& c = e->args.config;
   c.measure = static_cast<Measure>(options[0]);
   c.threshold = static_cast<Threshold>(options[1]);
@@ -161,7 +161,7 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
   for (int i = 0; i < c.num_windows; ++i)
     e->windows.push_back({windows[3 * i], windows[3 * i + 1], windows[3 * i + 2]});
   c.windows = e->windows.data();
-  e->tiles.resize(e->layout.num_tiles);
+  e->tiles.resize(e->tiling.num_tiles);
   e->groups.resize(e->tables.groups);
   e->layers.resize(layers + 1);
   e->scores.resize(layers);
@@ -169,7 +169,7 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
   e->tickets.resize(e->tables.groups + layers + 2);
   e->args.state = {reinterpret_cast<GlobalState*>(values),
                    reinterpret_cast<LayerState*>(values + kGlobalFields), sketch, buckets, parity};
-  e->args.tables = {e->layout.tensors.data(), e->tables.tile_tensor.data(), e->tables.layers.data()};
+  e->args.tables = {e->tiling.tensors.data(), e->tiling.tile_tensor.data(), e->tables.layers.data()};
   e->args.work = {e->tiles.data(),
                   e->groups.data(),
                   e->layers.data(),
@@ -179,7 +179,7 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
                   e->tickets.data() + e->tables.groups,
                   e->tickets.data() + e->tables.groups + layers + 1};
   e->args.num_layers = static_cast<int32_t>(layers);
-  e->args.measured = static_cast<int32_t>(e->layout.measured);
+  e->args.measured = static_cast<int32_t>(e->tiling.measured);
   inspect(e->device);
   return e;
 }
@@ -188,13 +188,13 @@ void emulated_delete(void* engine) { delete static_cast<Emulated*>(engine); }
 
 // Returns the number of launches, or -1 if a ticket is left over.
 int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
-                  const float* grad_scale, float* found_inf, int unscale, LayerSums* sums,
+                  const float* grad_scale, float* found_inf, int unscale, Sums* sums,
                   int capacity, int blocks, int cooperative, uint32_t seed) {
   auto& e = *static_cast<Emulated*>(engine);
   emulator::random_order.seed(seed);
   poison(e.tiles), poison(e.groups), poison(e.layers), poison(e.scores), poison(e.amplified);
-  std::vector<uint64_t> tagged(e.layout.num_tensors() + kLargeTable);
-  for (int64_t t = 0; t < e.layout.num_tensors(); ++t)
+  std::vector<uint64_t> tagged(e.tiling.num_tensors() + kLargeTable);
+  for (int64_t t = 0; t < e.tiling.num_tensors(); ++t)
     tagged[t] = reinterpret_cast<uint64_t>(gradients[t]) | static_cast<uint64_t>(dtypes[t])
                                                                << kDTypeShift;
   StepArgs& a = e.args;
@@ -202,12 +202,12 @@ int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
   a.grad_scale = grad_scale;
   a.found_inf = found_inf;
   a.unscale = unscale && grad_scale;
-  a.exports = sums != nullptr;
+  a.measure_only = sums != nullptr;
   a.work.layers = sums ? sums : e.layers.data();
   a.write_in_first_phase = !two_phases;
   const bool with_excluded = (norm || a.unscale) && !(two_phases && sums);
-  const int64_t tensors = with_excluded ? e.layout.num_tensors() : e.layout.measured;
-  const std::vector<Chunk> chunks = make_chunks(e.layout, tensors, capacity);
+  const int64_t tensors = with_excluded ? e.tiling.num_tensors() : e.tiling.measured;
+  const std::vector<Chunk> chunks = make_chunks(e.tiling, tensors, capacity);
   int launches = 0;
   const auto phase = [&](Phases phases) {
     for (size_t i = 0; i < chunks.size(); ++i) {

@@ -1,0 +1,233 @@
+// The rules of a step that concern whole layers: state update, score, threshold,
+// selection, schedule, multiplier. Host and device run this same code; a Group is
+// the threads that run it together (one on the host, a block on the device):
+//   int rank(), size();  double sum(double);  int64_t sum(int64_t);  void barrier();
+// Both sums are deterministic and return the total to every rank.
+#pragma once
+
+#include "state.h"
+
+namespace gradamp {
+
+struct SerialGroup {
+  int rank() const { return 0; }
+  int size() const { return 1; }
+  double sum(double x) const { return x; }
+  int64_t sum(int64_t x) const { return x; }
+  void barrier() const {}
+};
+
+// ---- state update -------------------------------------------------------------------
+
+// Weight of the coming step in every running mean of the layer.
+GRADAMP_HD double next_weight(const LayerState& s, double decay) {
+  return 1.0 / (1.0 + decay * s.weight_sum);
+}
+
+GRADAMP_HD void update_layer(LayerState& s, const Sums& x, double decay) {
+  const double weight = next_weight(s, decay);
+  if (s.steps >= 1.0) {
+    const double root = sqrt(x.sketch.power) * sqrt(x.sketch.before);
+    const double agreement = root > 0.0 ? x.sketch.dot / root : 0.0;
+    s.agreement += (agreement - s.agreement) / s.weight_sum;
+  }
+  const double keep = 1.0 - weight;
+  s.variance += weight * (x.moments.m2 / x.moments.count - s.variance);
+  s.power += weight * (x.sketch.power - s.power);
+  s.mean_power = x.sketch.after;
+  s.noise = keep * keep * s.noise + weight * weight * x.sketch.power;
+  s.weight_sum = 1.0 + decay * s.weight_sum;
+  s.steps += 1.0;
+}
+
+// ---- score and threshold ------------------------------------------------------------
+
+// A number in (0, 1) for each decision and layer, from counters alone.
+GRADAMP_HD double drawn(uint32_t seed, int64_t decision, int64_t layer) {
+  const uint32_t stream = sign_word(sign_word(seed) ^ static_cast<uint32_t>(decision));
+  return (sign_word(stream ^ static_cast<uint32_t>(layer)) + 0.5) / 4294967296.0;
+}
+
+// What is measured; not finite where the layer has no score yet.
+GRADAMP_HD double score(const LayerState& s, Measure measure) {
+  if (measure == Measure::kVariance) return s.steps >= 1.0 ? log(s.variance) : NAN;
+  if (s.steps < 2.0) return NAN;
+  return measure == Measure::kDirection ? -s.agreement : log(s.noise / s.mean_power);
+}
+
+GRADAMP_HD bool is_eligible(const LayerState& s, double score, double min_steps) {
+  return s.steps >= min_steps && is_finite(score);
+}
+
+// Maps doubles to integers of the same order.
+GRADAMP_HD uint64_t ordered_bits(double x) {
+  union {
+    double value;
+    uint64_t bits;
+  } u = {x};
+  return u.bits >> 63 ? ~u.bits : u.bits | (uint64_t{1} << 63);
+}
+
+GRADAMP_HD double from_ordered_bits(uint64_t key) {
+  union {
+    uint64_t bits;
+    double value;
+  } u = {key >> 63 ? key & ~(uint64_t{1} << 63) : ~key};
+  return u.value;
+}
+
+// The k-th smallest (0-based) finite score: binary search over the bits of the answer.
+template <class Group>
+GRADAMP_HD double kth_smallest(const double* scores, int64_t layers, int64_t k, Group& group) {
+  uint64_t answer = 0;
+  for (int bit = 63; bit >= 0; --bit) {
+    const uint64_t candidate = answer | (uint64_t{1} << bit);
+    int64_t below = 0;
+    for (int64_t l = group.rank(); l < layers; l += group.size())
+      below += is_finite(scores[l]) && ordered_bits(scores[l]) < candidate;
+    if (group.sum(below) <= k) answer = candidate;
+  }
+  return from_ordered_bits(answer);
+}
+
+// Threshold over the finite entries of `scores` (ineligible layers hold NaN); NaN if none.
+template <class Group>
+GRADAMP_HD double threshold(const Config& c, const double* scores, int64_t layers, Group& group) {
+  if (c.threshold == Threshold::kNumber) return c.threshold_value;
+  int64_t mine = 0;
+  double total = 0.0;
+  for (int64_t l = group.rank(); l < layers; l += group.size())
+    if (is_finite(scores[l])) ++mine, total += scores[l];
+  const int64_t count = group.sum(mine);
+  if (count == 0) return NAN;
+  if (c.threshold == Threshold::kQuantile) {
+    const double position = c.threshold_value * static_cast<double>(count - 1);
+    const int64_t lower = static_cast<int64_t>(position);
+    const double low = kth_smallest(scores, layers, lower, group);
+    if (lower + 1 >= count) return low;
+    return low + (position - lower) * (kth_smallest(scores, layers, lower + 1, group) - low);
+  }
+  const double mean = group.sum(total) / static_cast<double>(count);
+  if (c.threshold == Threshold::kMean) return mean;
+  double squares = 0.0;
+  for (int64_t l = group.rank(); l < layers; l += group.size())
+    if (is_finite(scores[l])) squares += (scores[l] - mean) * (scores[l] - mean);
+  const double spread = c.threshold_value * sqrt(group.sum(squares) / static_cast<double>(count));
+  return c.select == Select::kBelow ? mean - spread : mean + spread;
+}
+
+// Chooses anew which layers are amplified. `scores` is scratch for `layers` doubles;
+// decisions are numbered so that each draws anew.
+template <class Group>
+GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int64_t layers,
+                       int64_t decision, double* scores, Group& group) {
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    const double x = c.measure == Measure::kRandom ? drawn(c.seed, decision, l)
+                                                   : score(states[l], c.measure);
+    scores[l] = is_eligible(states[l], x, c.min_steps) ? x : NAN;
+  }
+  group.barrier();
+  const double tau = threshold(c, scores, layers, group);
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    const double chosen = c.select == Select::kBelow ? scores[l] < tau : scores[l] > tau;
+    if (chosen != states[l].selected) states[l].changed_at = g.step;
+    states[l].selected = chosen;
+  }
+  if (group.rank() == 0) g.threshold = tau;
+}
+
+// ---- schedule and multiplier --------------------------------------------------------
+
+// What selected layers are multiplied by on this step: 1 outside all windows.
+GRADAMP_HD double active_factor(const Config& c, const GlobalState& g) {
+  if (c.schedule == ScheduleUnit::kAlways) return g.factor;
+  const double now = c.schedule == ScheduleUnit::kEpoch ? g.epoch : g.step;
+  for (int32_t i = 0; i < c.num_windows; ++i) {
+    const Window& w = c.windows[i];
+    if (w.start <= now && now < w.stop) return is_finite(w.factor) ? w.factor : g.factor;
+  }
+  return 1.0;
+}
+
+GRADAMP_HD double amplification(const LayerState& s, double factor) {
+  return s.selected != 0.0 ? factor : 1.0;
+}
+
+// A multiplier is rounded once, to the precision that it is applied in.
+GRADAMP_HD double as_applied(double multiplier, DType dtype) {
+  return dtype == DType::kFloat64 ? multiplier
+                                  : static_cast<double>(static_cast<float>(multiplier));
+}
+
+GRADAMP_HD bool needs_norm(const Config& c) { return c.match_norm || c.max_norm > 0.0; }
+
+// What every gradient is multiplied by on top, from the sums of squares before and
+// after amplification. A NaN norm gives NaN, as torch.nn.utils.clip_grad_norm_ does.
+GRADAMP_HD double norm_coefficient(const Config& c, double before, double after) {
+  if (c.match_norm) return after > 0.0 ? sqrt(before / after) : 1.0;
+  const double coefficient = c.max_norm / (sqrt(after) + 1e-6);
+  return coefficient > 1.0 ? 1.0 : coefficient;
+}
+
+// ---- commit -------------------------------------------------------------------------
+
+// Scratch of a commit, one of each for every layer.
+struct Scratch {
+  double* scores;
+  double* amplified;  // what the layer's gradients are multiplied by in this step
+};
+
+// Folds one step's sums into the state; returns false, and counts a skipped step, if a
+// layer's sums are not finite. `factor` is active_factor() at the start of the step.
+// sums[l].moments.count == 0 marks a layer without gradient.
+template <class Group>
+GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, const Sums* sums,
+                       int64_t layers, const Scratch& scratch, double factor, Group& group) {
+  int64_t bad = 0;
+  for (int64_t l = group.rank(); l < layers; l += group.size())
+    bad += sums[l].moments.count != 0.0 && !is_finite(sums[l]);
+  if (group.sum(bad) != 0) {
+    if (group.rank() == 0) g.step += 1.0, g.skipped_steps += 1.0;
+    return false;
+  }
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    scratch.amplified[l] = amplification(states[l], factor);
+    if (sums[l].moments.count != 0.0) update_layer(states[l], sums[l], c.decay);
+  }
+  group.barrier();
+  const int64_t counted = static_cast<int64_t>(g.step - g.skipped_steps) + 1;
+  if (c.refresh > 0 && counted % c.refresh == 0)
+    decide(c, g, states, layers, counted / c.refresh, scratch.scores, group);
+  group.barrier();
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    if (c.exact) scratch.amplified[l] = amplification(states[l], factor);
+    if (sums[l].moments.count != 0.0 && scratch.amplified[l] != 1.0)
+      states[l].amplified_steps += 1.0;
+  }
+  if (group.rank() == 0) g.step += 1.0;
+  return true;
+}
+
+// Square root of the sums of squares over the layers and `excluded` (count 0: none),
+// before and after amplification; returns the coefficient and stores the norm.
+template <class Group>
+GRADAMP_HD double apply_norm(const Config& c, GlobalState& g, const Sums* sums,
+                             int64_t layers, const Moments& excluded, const double* amplified,
+                             Group& group) {
+  double before = 0.0, after = 0.0;
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    if (sums[l].moments.count == 0.0) continue;
+    const double power = energy(sums[l].moments);
+    const double multiplier = amplified[l];
+    before += power;
+    after += multiplier * multiplier * power;
+  }
+  before = group.sum(before);
+  after = group.sum(after);
+  if (excluded.count != 0.0) before += energy(excluded), after += energy(excluded);
+  group.barrier();
+  if (group.rank() == 0) g.total_norm = sqrt(c.match_norm ? before : after);
+  return norm_coefficient(c, before, after);
+}
+
+}  // namespace gradamp

@@ -1,0 +1,70 @@
+// The torch side of a step: reads .grad from the parameters' Python objects, checks that
+// every gradient is of the usual kind, and hands the addresses to an engine.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "engine.h"
+#include "tiles.h"
+
+namespace gradamp {
+
+// What a step did; all but kDone: nothing. kRebind: the model may have changed. kUnusual:
+// Python looks closer, for it holds the rules of what a gradient may be and the errors that
+// name a parameter. The first three are those of gradients.Outcome.
+enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3 };
+
+class __attribute__((visibility("hidden"))) Stepper {
+ public:
+  // `tensors` has (layer, numel, bucket_log2, first_bucket, first_word) for each parameter.
+  Stepper(std::vector<py::object> parameters, std::vector<py::object> watched,
+       const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
+       int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
+       at::Tensor parity);
+
+  // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
+  // Unless `walked`, a parameter that had a gradient on its last step and has none now asks
+  // for a walk of the model.
+  Outcome step(const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf, bool unscale,
+               const std::optional<py::bytes>& only, bool walked);
+
+  // The same with flat dense gradients given, one for each parameter. `sums`, fp64
+  // [layers + 1, 8]: StepInputs.sums.
+  Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
+                         const std::optional<at::Tensor>& grad_scale,
+                         const std::optional<at::Tensor>& found_inf, bool unscale,
+                         const std::optional<at::Tensor>& sums);
+
+  void stress(const Stress& stress) { engine_->stress(stress); }
+
+ private:
+  Outcome collect(const char* only, bool walked);
+  // False: not a gradient that the engine can take as it is.
+  bool take(size_t index, const at::Tensor& gradient);
+  Outcome run(const std::optional<at::Tensor>& grad_scale,
+              const std::optional<at::Tensor>& found_inf, bool unscale,
+              const std::optional<at::Tensor>& sums);
+  void release();
+
+  std::vector<py::object> parameters_;
+  std::vector<py::object> watched_;
+  std::vector<int64_t> numel_;
+  std::vector<uint8_t> had_gradient_;
+  int64_t sums_numel_;
+  at::Tensor values_, sketch_, parity_;
+  std::unique_ptr<Engine> engine_;
+
+  // These hold the step under way; the gradients are let go when it ends.
+  std::vector<at::Tensor> gradients_;
+  std::vector<void*> addresses_;
+  std::vector<DType> dtypes_;
+  std::vector<uint8_t> written_;
+};
+
+}  // namespace gradamp

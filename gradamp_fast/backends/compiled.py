@@ -1,0 +1,116 @@
+"""The compiled extension: C++ on the CPU, on torch's threads, and CUDA C++ in one launch a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from ..call import Call, Outcome
+from ..model.gradients import GradientReader
+from ..model.plan import Plan
+from ..options import Rules
+from ..reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS, State
+from .stepping import Measuring
+
+# The extension's own lists, which have to be the same.
+LISTS = {"GLOBAL_FIELDS": GLOBAL_FIELDS, "LAYER_FIELDS": LAYER_FIELDS, "ENUMS": ENUMS}
+
+
+class CompiledBackend(Measuring):
+    """Hands the parameters to the extension, which reads their gradients itself."""
+
+    def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
+        extension = _extension.load()
+        assert extension is not None, _extension.reason()
+        _extension.check_lists(extension, LISTS)
+        self.reader = GradientReader(plan, state.device)
+        self.compiled = extension.Stepper(
+            parameters=[slot.parameter for slot in plan.slots],
+            watched=list(plan.watched),
+            tensors=[
+                (s.layer, s.numel, s.bucket_log2, s.first_bucket, s.first_word) for s in plan.slots
+            ],
+            num_layers=len(plan.layers),
+            options=for_kernel(rules),
+            values=state.values,
+            sketch=state.sketch,
+            parity=state.parity,
+        )
+
+    def step(self, call: Call) -> Outcome:
+        outcome = self.compiled.step(*call)  # in the order of its fields
+        if outcome <= Outcome.REBIND:
+            return Outcome(outcome)
+        # Something is unusual: look closer, and raise, rebind, or go on with what was copied.
+        gradients = self.reader.read(call)
+        if isinstance(gradients, Outcome):
+            return gradients
+        self._step_gradients(gradients, call, None)
+        self.reader.write_back()
+        return Outcome.DONE
+
+    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
+        self._step_gradients(gradients, call, sums)
+
+    def _step_gradients(
+        self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None
+    ) -> None:
+        self.compiled.step_gradients(gradients, call.grad_scale, call.found_inf, call.unscale, sums)
+
+
+class CpuBackend(CompiledBackend):
+    """The compiled step for gradients on the CPU."""
+
+    name: ClassVar[str] = "cpu"
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return "the cpu backend serves gradients on the CPU"
+        return _extension.reason()
+
+
+class CudaBackend(CompiledBackend):
+    """The compiled step for gradients on an NVIDIA GPU."""
+
+    name: ClassVar[str] = "cuda"
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.hip:
+            return "the cuda backend serves gradients on an NVIDIA GPU"
+        if reason := _extension.reason():
+            return reason
+        built = _extension.built_with()
+        if not built.get("cuda"):
+            return (
+                "the extension was built without CUDA kernels: install nvcc and rebuild with "
+                f"GRADAMP_CUDA=1 ({built.get('summary', '')})"
+            )
+        extension = _extension.load()
+        assert extension is not None
+        problem: str | None = extension.cuda_unavailable(
+            -1 if device.index is None else device.index
+        )
+        return problem
+
+
+def for_kernel(rules: Rules) -> dict[str, Any]:
+    """Rules as numbers; of enumerations, the place in ``ENUMS``."""
+    given = vars(rules)
+    return {
+        **{name: values.index(given[name]) for name, values in ENUMS.items()},
+        "threshold_value": rules.threshold_value,
+        "exact": rules.exact,
+        "match_norm": rules.match_norm,
+        "max_norm": rules.max_norm,
+        "decay": rules.decay,
+        "min_steps": float(rules.min_steps),
+        "refresh": float(rules.refresh),
+        "seed": rules.seed,
+        "windows": list(rules.windows),
+    }

@@ -1,0 +1,123 @@
+"""Reads the gradients, in Python, as words for the kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ...call import Call, Outcome
+from ...model.gradients import DTYPES, GradientReader
+from ...model.plan import Plan
+from .columns import DTYPE_SHIFT
+
+# The kernel's codes for dtypes are their places in DTYPES.
+DTYPE_BITS = {dtype: 1 << code for code, dtype in enumerate(DTYPES)}
+_TAGS = {dtype: code << DTYPE_SHIFT.value for code, dtype in enumerate(DTYPES)}
+
+
+class _Known(NamedTuple):
+    """A gradient that the reader accepted as it was."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    tag: int
+
+
+class GradientAddresses:
+    """Reads a plan's gradients as words for the kernel: address and dtype, 0 without elements.
+
+    The reader looks at every gradient closely. One that is as it was then, but for its address,
+    is not looked at again: that takes far longer than the launch.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.reader = GradientReader(plan, device)
+        self.device = device
+        self.words: list[int] = []
+        self._gradients: list[Tensor] = []  # that were read last, until they are written
+        self.dtypes = 0  # a bit for each that was ever there
+        self._parameters = [slot.parameter for slot in plan.slots]
+        self._empty = [slot.numel == 0 for slot in plan.slots]
+        self._watched: tuple[Parameter, ...] = plan.watched
+        self._only: bytes | None = None
+        self._known: list[_Known | None] | None = None  # of each parameter; None: no gradient
+        self.expect(self._parameters)
+
+    def expect(self, tensors: list[Parameter] | list[Tensor]) -> None:
+        """Adds to ``dtypes``."""
+        for dtype in {tensor.dtype for tensor in tensors}:
+            self.dtypes |= DTYPE_BITS.get(dtype.to_real() if dtype.is_complex else dtype, 0)
+
+    def read(self, call: Call) -> Outcome:
+        """Fills ``words`` and ``gradients``; raises what the reader raises."""
+        if self._as_before(call.only):
+            return Outcome.DONE
+        self._known = None
+        flat = self.reader.read(call)
+        if isinstance(flat, Outcome):
+            return flat
+        self.words = [
+            0 if g is None or g.numel() == 0 else g.data_ptr() | _TAGS[g.dtype] for g in flat
+        ]
+        self._gradients = [g for g in flat if g is not None]
+        self.expect(self._gradients)
+        self._learn(call.only, flat)
+        return Outcome.DONE
+
+    def written(self, found_inf: Tensor | None) -> None:
+        """Tells torch that the kernel wrote to what was read, and lets go of it."""
+        written, self._gradients = self._gradients, []
+        # Which ones were written is known on the device only.
+        torch.autograd.graph.increment_version(
+            written if found_inf is None else [*written, found_inf]
+        )
+        self.reader.write_back()
+
+    def _learn(self, only: bytes | None, flat: list[Tensor | None]) -> None:
+        known: list[_Known | None] = []
+        for parameter, view in zip(self._parameters, flat, strict=True):
+            gradient = parameter.grad
+            if view is None or gradient is None:
+                known.append(None)
+            elif view.data_ptr() == gradient.data_ptr():
+                tag = _TAGS[view.dtype]
+                known.append(_Known(gradient.dtype, gradient.shape, gradient.stride(), tag))
+            else:  # a copy: it is the reader that writes it back
+                return
+        self._only, self._known = only, known
+
+    def _as_before(self, only: bytes | None) -> bool:
+        if self._known is None or only != self._only:
+            return False
+        if any(parameter.requires_grad for parameter in self._watched):
+            return False
+        words: list[int] = []
+        gradients: list[Tensor] = []
+        for index, (parameter, known) in enumerate(zip(self._parameters, self._known, strict=True)):
+            gradient = parameter.grad
+            if known is None:
+                if gradient is not None and (only is None or only[index]):
+                    return False
+                words.append(0)
+            elif (
+                gradient is None
+                or not parameter.requires_grad
+                or type(gradient) is not Tensor
+                or gradient.dtype is not known.dtype
+                or gradient.shape != known.shape
+                or gradient.layout is not torch.strided
+                or gradient.stride() != known.stride
+                or gradient.device != self.device
+                or gradient.is_neg()
+                or gradient.is_conj()
+            ):
+                return False
+            else:
+                gradients.append(gradient)
+                words.append(0 if self._empty[index] else gradient.data_ptr() | known.tag)
+        self.words, self._gradients = words, gradients
+        return True

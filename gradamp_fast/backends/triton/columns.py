@@ -1,0 +1,85 @@
+"""Where numbers lie in the kernel's tensors, as its constants.
+
+Those of the state and of the options' values are made of the lists in reference/state.py, so
+that no kernel names a place by a number of its own.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from ...model.gradients import DTYPES
+from ...model.plan import LONG_BUCKET_LOG2, SHORT_BUCKET_LOG2
+from ...reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS
+
+
+def _places(names: tuple[str, ...], wanted: str) -> tuple[tl.constexpr, ...]:
+    return tuple(tl.constexpr(names.index(name)) for name in wanted.split())
+
+
+# ---- the state --------------------------------------------------------------------------
+
+GLOBALS, FIELDS = tl.constexpr(len(GLOBAL_FIELDS)), tl.constexpr(len(LAYER_FIELDS))
+STEP, SKIPPED_STEPS, EPOCH, THRESHOLD, FACTOR, TOTAL_NORM = _places(
+    GLOBAL_FIELDS, "step skipped_steps epoch threshold factor total_norm"
+)
+STEPS, WEIGHT_SUM, VARIANCE, POWER, MEAN_POWER, NOISE = _places(
+    LAYER_FIELDS, "steps weight_sum variance power mean_power noise"
+)
+AGREEMENT, SELECTED, AMPLIFIED_STEPS, CHANGED_AT = _places(
+    LAYER_FIELDS, "agreement selected amplified_steps changed_at"
+)
+
+# ---- options as numbers -----------------------------------------------------------------
+
+CONFIG = (
+    *("measure", "threshold", "select", "schedule_unit", "exact", "match_norm", "max_norm"),
+    *("needs_norm", "threshold_value", "decay", "min_steps", "refresh", "seed", "windows"),
+)
+# "windows" is their number; start, stop and factor of each come after it.
+CONFIG_MEASURE, CONFIG_THRESHOLD, CONFIG_SELECT, CONFIG_UNIT = _places(
+    CONFIG, "measure threshold select schedule_unit"
+)
+CONFIG_EXACT, CONFIG_MATCH_NORM, CONFIG_MAX_NORM, CONFIG_NEEDS_NORM = _places(
+    CONFIG, "exact match_norm max_norm needs_norm"
+)
+CONFIG_VALUE, CONFIG_DECAY, CONFIG_MIN_STEPS, CONFIG_REFRESH, CONFIG_SEED, CONFIG_WINDOWS = _places(
+    CONFIG, "threshold_value decay min_steps refresh seed windows"
+)
+
+FLUCTUATION, DIRECTION, VARIANCE_OF_ELEMENTS = _places(
+    ENUMS["measure"], "fluctuation direction variance"
+)
+STD, QUANTILE, NUMBER = _places(ENUMS["threshold"], "std quantile number")
+(BELOW,) = _places(ENUMS["select"], "below")
+ALWAYS, BY_EPOCH = _places(ENUMS["schedule_unit"], "always epoch")
+
+# ---- a row of sums: of a tile, a group of tiles or a layer --------------------------------
+
+ROW = tl.constexpr(8)
+ROW_COUNT, ROW_MEAN, ROW_SUM, ROW_M2, ROW_POWER, ROW_DOT, ROW_BEFORE, ROW_AFTER = (
+    tl.constexpr(place) for place in range(8)
+)
+# In a tile's row the mean is one element of the tile, and the next two columns hold the sums of
+# the distances from it and of their squares. Elsewhere the sum is 0, and in the row of a layer its
+# place is taken by what the layer is multiplied by in this step.
+ROW_MULTIPLIER = ROW_SUM
+
+# ---- the tables -------------------------------------------------------------------------
+
+TENSOR_FIELDS = tl.constexpr(8)  # five and padding
+NUMEL, FIRST_TILE, FIRST_BUCKET, LAYER, BUCKET_LOG2 = (tl.constexpr(i) for i in range(5))
+TILING_FIELDS = tl.constexpr(4)  # of each layer
+TILES_FROM, TILES, GROUPS_FROM, GROUPS = (tl.constexpr(i) for i in range(4))
+# Programs that are done, steps that are, whether a layer is not finite; then for each layer its
+# groups that are done, and for each group its tiles.
+PROGRAMS, GENERATION, NONFINITE, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
+
+# An address and the code of the dtype behind it share a word.
+DTYPE_SHIFT, ADDRESS_BITS = tl.constexpr(60), tl.constexpr((1 << 60) - 1)
+DTYPE_COUNT = tl.constexpr(len(DTYPES))
+
+# ---- the sketch -------------------------------------------------------------------------
+
+SHORT_LOG2, LONG_LOG2 = tl.constexpr(SHORT_BUCKET_LOG2), tl.constexpr(LONG_BUCKET_LOG2)
+SHORT, LONG = tl.constexpr(1 << SHORT_BUCKET_LOG2), tl.constexpr(1 << LONG_BUCKET_LOG2)

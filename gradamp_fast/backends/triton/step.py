@@ -1,0 +1,310 @@
+# Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
+# ruff: noqa: SIM102
+# mypy: disable-error-code="no-untyped-def"
+"""The step in one launch.
+
+Programs measure tiles (and multiply those of layers selected before); the last program of a
+layer adds the layer up; the last of all commits the state and decides. Where what is written
+depends on this step's sums, the programs wait for that and multiply in a second phase.
+
+Programs tell each other that they are done by tickets: one more atomic increment each, and the
+one that takes the last resets it. Sums are added in the order of tiles, whoever adds them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .columns import (
+    ADDRESS_BITS,
+    BUCKET_LOG2,
+    CONFIG_EXACT,
+    DTYPE_COUNT,
+    DTYPE_SHIFT,
+    FIELDS,
+    FIRST_BUCKET,
+    FIRST_TILE,
+    GENERATION,
+    GLOBALS,
+    GROUPS,
+    GROUPS_FROM,
+    LAYER,
+    LAYER_TICKETS,
+    LONG_LOG2,
+    NONFINITE,
+    NUMEL,
+    PROGRAMS,
+    ROW,
+    ROW_MULTIPLIER,
+    ROW_POWER,
+    SELECTED,
+    SKIPPED_STEPS,
+    STEP,
+    TENSOR_FIELDS,
+    TILES,
+    TILES_FROM,
+    TILING_FIELDS,
+)
+from .decide import (
+    active_factor,
+    apply_norm,
+    commit,
+    is_finite,
+    needs_norm,
+    next_weight,
+)
+from .tile import (
+    TILE,
+    WIDTH,
+    fold_buckets,
+    measure_elements,
+    multiply_elements,
+    store_total,
+    total,
+)
+
+MEASURE, MULTIPLY = tl.constexpr(1), tl.constexpr(2)  # phases
+# Tiles of one layer that one program adds up before the last one adds the layer's groups. A program
+# looks at WIDTH = 64 rows together, so that even the 65,536 tiles of 268 million elements are added
+# up in two rounds of four looks. (csrc/cuda has groups of 32, a tile for each lane of a warp.)
+GROUP = tl.constexpr(256)
+
+
+@triton.constexpr_function
+def element(code):
+    """The dtype of a code: in the order of ``DTYPES`` in model/gradients.py."""
+    return (tl.float32, tl.bfloat16, tl.float16, tl.float64)[code]
+
+
+@triton.jit
+def _is_last(ticket, count):
+    """Whether all ``count`` tickets are taken; the last sees what the others stored before."""
+    tl.debug_barrier()
+    taken = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    last = taken == count - 1
+    if last:
+        tl.store(ticket, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _inverse_scale(grad_scale):
+    """1 / grad_scale, given the address of a float or 0."""
+    inverse = tl.full([], 1.0, tl.float64)
+    if grad_scale != 0:
+        inverse = 1.0 / tl.load(grad_scale.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return inverse
+
+
+@triton.jit
+def _publish(tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile, layer, layers, inverse):
+    """The last program of a group of tiles adds it up, the last of a layer's groups the layer."""
+    of_layer = layer_tiles + layer * TILING_FIELDS
+    first, tiles = tl.load(of_layer + TILES_FROM), tl.load(of_layer + TILES)
+    first_group, groups = tl.load(of_layer + GROUPS_FROM), tl.load(of_layer + GROUPS)
+    number = (tile - first) // GROUP
+    begin = number * GROUP
+    count = tl.minimum(tiles - begin, GROUP)
+    group = first_group + number
+    if _is_last(tickets + LAYER_TICKETS + layers + 1 + group, count):
+        n, mean, m2, power, dot, old, new = total(tile_rows + (first + begin) * ROW, count)
+        store_total(group_rows + group * ROW, n, mean, m2, power, dot, old, new)
+        if _is_last(tickets + LAYER_TICKETS + layer, groups):
+            n, mean, m2, power, dot, old, new = total(group_rows + first_group * ROW, groups)
+            mean = mean * inverse
+            m2 = m2 * inverse * inverse
+            store_total(layer_rows + layer * ROW, n, mean, m2, power, dot, old, new)
+            sound = is_finite(m2 + n * mean * mean) & is_finite(power + new) & is_finite(dot)
+            if (layer < layers) & (n > 0) & (not sound):
+                tl.store(tickets + NONFINITE, 1)
+
+
+@triton.jit
+def _measure_tile(
+    values, sketch, parity, config, tensors, addresses, row, tensor, tile, inverse, multiplier,
+    measured, buckets, DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    info = tensors + tensor * TENSOR_FIELDS
+    tagged = tl.load(addresses + tensor)
+    dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
+    address = tagged & ADDRESS_BITS
+    if address == 0:
+        for i in tl.static_range(ROW):
+            tl.store(row + i, inverse * 0.0)
+    else:
+        first = (tile - tl.load(info + FIRST_TILE)) * TILE
+        count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
+        bucket_log2 = tl.load(info + BUCKET_LOG2).to(tl.int32)
+        before, after = sketch, sketch
+        if bucket_log2 >= 0:
+            side = tl.load(parity + tensor).to(tl.int64)
+            place = sketch + tl.load(info + FIRST_BUCKET) + (first >> bucket_log2)
+            before, after = place + side * buckets, place + (1 - side) * buckets
+        for code in tl.static_range(DTYPE_COUNT):
+            if (DTYPES >> code) & 1:
+                if dtype == code:
+                    measure_elements(
+                        address, first, count, multiplier, after, bucket_log2, row,
+                        element(code), BY_BITS,
+                    )  # fmt: skip
+        tl.debug_barrier()
+        if bucket_log2 >= 0:
+            weight = next_weight(values, tl.load(info + LAYER), config)
+            length = (count + (1 << bucket_log2) - 1) >> bucket_log2
+            if bucket_log2 == LONG_LOG2:  # a tile has eight of them
+                fold_buckets(before, after, length, inverse, weight, row, 8)
+            else:
+                fold_buckets(before, after, length, inverse, weight, row, 256)
+        else:
+            for i in tl.static_range(ROW_POWER, ROW):
+                tl.store(row + i, inverse * 0.0)
+
+
+@triton.jit
+def _multiply_tile(
+    tensors, addresses, tensor, tile, multiplier,
+    DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    info = tensors + tensor * TENSOR_FIELDS
+    tagged = tl.load(addresses + tensor)
+    dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
+    address = tagged & ADDRESS_BITS
+    if address != 0:
+        first = (tile - tl.load(info + FIRST_TILE)) * TILE
+        count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
+        for code in tl.static_range(DTYPE_COUNT):
+            if (DTYPES >> code) & 1:
+                if dtype == code:
+                    multiply_elements(address, first, count, multiplier, element(code), BY_BITS)
+
+
+@triton.jit
+def _standing_multiplier(values, layer, factor):
+    """``factor`` if the layer was selected before this step. Layer -1: excluded."""
+    own = factor * 0.0 + 1.0
+    if layer >= 0:
+        selected = tl.load(values + GLOBALS + layer * FIELDS + SELECTED)
+        own = tl.where(selected != 0, factor, own)
+    return own
+
+
+@triton.jit
+def _conclude(
+    values, parity, config, tensors, layer_rows, scores, verdict, tickets, addresses, found_inf,
+    measured, layers,
+):  # fmt: skip
+    """By the last program, when every tile is measured."""
+    factor = active_factor(values, config)
+    coefficient = factor * 0.0 + 1.0
+    nonfinite = tl.load(tickets + NONFINITE, cache_modifier=".cg") != 0
+    if nonfinite:
+        tl.store(tickets + NONFINITE, 0)
+        _record_skipped_step(values)
+        if found_inf != 0:
+            tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0)
+    else:
+        commit(values, config, layer_rows, scores, layers, factor)
+        tl.debug_barrier()
+        if needs_norm(config):
+            coefficient = apply_norm(values, config, layer_rows, layers)
+        for begin in range(0, measured, WIDTH):
+            index = begin + tl.arange(0, WIDTH)
+            inside = index < measured
+            here = tl.load(addresses + index, mask=inside, other=0) != 0
+            side = tl.load(parity + index, mask=inside, other=0)
+            tl.store(parity + index, 1 - side, mask=inside & here)
+    tl.store(verdict, tl.where(nonfinite, 0.0, 1.0).to(tl.float64))
+    tl.store(verdict + 1, coefficient)
+
+
+@triton.jit
+def _record_skipped_step(values):
+    tl.store(values + STEP, tl.load(values + STEP) + 1.0)
+    tl.store(values + SKIPPED_STEPS, tl.load(values + SKIPPED_STEPS) + 1.0)
+
+
+# Numbers whose values change nothing in what is compiled.
+_NUMBERS = (
+    *("grad_scale", "found_inf", "measured", "layers", "buckets", "measured_tiles", "tiles"),
+    *("unscale", "phases"),
+)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def step_kernel(
+    values, sketch, parity, config,
+    tensors, tile_tensor, layer_tiles,
+    tile_rows, group_rows, layer_rows, scores, verdict, tickets,
+    addresses, grad_scale: tl.int64, found_inf: tl.int64,
+    measured: tl.int32, layers: tl.int32, buckets: tl.int64,
+    measured_tiles: tl.int32, tiles: tl.int32, unscale: tl.int32, phases: tl.int32,
+    DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+):  # fmt: skip
+    """``phases`` has the bits MEASURE and MULTIPLY; both only if all programs run at one time.
+
+    ``grad_scale`` and ``found_inf`` are addresses of floats or 0. ``DTYPES`` has a bit for each
+    dtype that is there.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    norm = needs_norm(config)
+    inverse = _inverse_scale(grad_scale)
+    rescale = tl.where(unscale != 0, inverse, 1.0)
+    write_now = (tl.load(config + CONFIG_EXACT) == 0) & (not norm)
+    generation = tl.load(tickets + GENERATION, cache_modifier=".cg")
+    skipped = program < 0
+    if ((phases & MEASURE) != 0) & (found_inf != 0):
+        skipped = tl.load(found_inf.to(tl.pointer_type(tl.float32))) != 0
+
+    if phases & MEASURE:
+        if skipped:
+            if program == 0:
+                _record_skipped_step(values)
+                tl.store(verdict, inverse * 0.0)
+        else:
+            factor = active_factor(values, config)
+            for tile in range(program, tl.where(norm, tiles, measured_tiles), programs):
+                tensor = tl.load(tile_tensor + tile).to(tl.int64)
+                layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
+                multiplier = factor * 0.0 + 1.0
+                if write_now:
+                    multiplier = _standing_multiplier(values, layer, factor) * rescale
+                _measure_tile(
+                    values, sketch, parity, config, tensors, addresses,
+                    tile_rows + tile * ROW, tensor, tile, inverse, multiplier,
+                    measured, buckets, DTYPES, BY_BITS,
+                )  # fmt: skip
+                _publish(
+                    tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile,
+                    tl.where(layer < 0, layers, layer), layers, inverse,
+                )  # fmt: skip
+            if write_now & (rescale != 1):
+                for tile in range(measured_tiles + program, tiles, programs):
+                    tensor = tl.load(tile_tensor + tile).to(tl.int64)
+                    _multiply_tile(tensors, addresses, tensor, tile, rescale, DTYPES, BY_BITS)
+            if _is_last(tickets + PROGRAMS, programs):
+                _conclude(
+                    values, parity, config, tensors, layer_rows, scores, verdict, tickets,
+                    addresses, found_inf, measured, layers,
+                )  # fmt: skip
+                tl.debug_barrier()
+                tl.atomic_add(tickets + GENERATION, 1, sem="release", scope="gpu")
+
+    if phases & MULTIPLY:
+        if ((phases & MEASURE) != 0) & (not skipped):
+            now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
+            while now == generation:
+                now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
+            tl.debug_barrier()
+        counted = tl.load(verdict, cache_modifier=".cg") != 0
+        if counted & (not skipped):
+            common = rescale * tl.load(verdict + 1, cache_modifier=".cg")
+            # Backwards: what was read last may still be cached.
+            for i in range(program, tiles, programs):
+                tile = tiles - 1 - i
+                tensor = tl.load(tile_tensor + tile).to(tl.int64)
+                layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
+                row = layer_rows + tl.where(layer < 0, layers, layer) * ROW
+                multiplier = tl.load(row + ROW_MULTIPLIER, cache_modifier=".cg") * common
+                _multiply_tile(tensors, addresses, tensor, tile, multiplier, DTYPES, BY_BITS)

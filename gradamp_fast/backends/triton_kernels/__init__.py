@@ -1,2 +1,0 @@
-"""The step in Triton: ``tile`` measures and multiplies elements, ``layers`` updates and decides,
-``step`` is the kernel."""

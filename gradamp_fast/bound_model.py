@@ -1,0 +1,257 @@
+"""A model and its optimizers as they stand: what is bound, and when that is looked at again."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import backends
+from .call import Call, Outcome
+from .model.gradients import nonfinite_layers, state_device
+from .model.optimizers import Holding
+from .model.plan import Plan
+from .model.walk import find_layers, unwrap
+from .options import Options
+from .reference.state import State
+
+_OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
+_BOUND: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+Mask = Callable[[Plan], bytes | None]
+
+
+def find(handle: int) -> BoundModel | None:
+    """The one of that handle, if it lives."""
+    return _BOUND.get(handle)
+
+
+class BoundModel:
+    """Parameters, layers, state and backend of one model, which it does not keep alive.
+
+    The model is looked at again (``look_again``)
+
+    - at the first step or ``prepare``, from which on its trainable parameters are owned;
+    - when a step finds a parameter that lost its gradient, was unfrozen, moved or changed size,
+      and when it finds no gradient at all, until that has been warned about;
+    - when the loss scale is on another device than the gradients were;
+    - when an optimizer joins, or changes its mind about what it wants amplified;
+    - when somebody asks: ``Amplifier.rebind``, ``set_epoch`` and ``load_state_dict`` do.
+
+    Attributes:
+        rules: what steps go by.
+        plan: the parameters and layers that are bound now.
+        epoch: as it was told last; -1: never.
+        holdings: what is known of the optimizers that hold the parameters.
+        handle: a number that names this in a compiled graph for as long as it lives.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.rules = options.rules()
+        self.plan = find_layers(unwrap(model), options)
+        self.epoch = -1
+        self.holdings: weakref.WeakSet[Holding] = weakref.WeakSet()
+        self.handle = next(_HANDLES)
+        self._options = options
+        self._model = weakref.ref(unwrap(model))
+        self._state = State(self.plan, options.factor, state_device(self.plan))
+        self._backend: backends.Stepping | None = None
+        self._excluded: frozenset[int] = frozenset()
+        self._owned: list[int] = []
+        self._warned_empty = False
+        _BOUND[self.handle] = self
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model without wrappers, for as long as it lives."""
+        return self._model()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state is, and where gradients are expected."""
+        return self._state.device
+
+    # ---- steps ----------------------------------------------------------------------
+
+    def step(self, call: Call, mask: Mask | None) -> None:
+        """One step; ``mask`` gives ``Call.only`` for whichever plan is bound when it is taken.
+
+        Raises RuntimeError, TypeError and ValueError as ``Amplifier.step`` says.
+        """
+        if self.epoch < 0 and self.rules.needs_epochs:
+            raise RuntimeError(
+                'schedule unit "epoch" and refresh="epoch" need set_epoch(epoch) to be called '
+                "before the first step; fused_amplify cannot wait for that, an Amplifier can"
+            )
+        if call.grad_scale is not None or call.found_inf is not None:
+            self._check_scalar("grad_scale", call.grad_scale)
+            self._check_scalar("found_inf", call.found_inf)
+        backend = self._backend or self.prepare()
+        if mask is not None:
+            call = call._replace(only=mask(self.plan))
+        if self._options.error_if_nonfinite:
+            self._raise_if_nonfinite(backend, call)
+        outcome = backend.step(call)
+        if outcome is Outcome.DONE or (outcome is Outcome.EMPTY and self._warned_empty):
+            return
+        self.look_again()
+        only = None if mask is None else mask(self.plan)
+        outcome = self.prepare().step(call._replace(only=only, walked=True))
+        unasked = only is not None and 1 not in only  # all of an optimizer's are frozen
+        if outcome is Outcome.EMPTY and not unasked and not self._warned_empty:
+            self._warned_empty = True
+            warnings.warn(
+                "no parameter has a gradient: was the amplifier called before backward()?",
+                stacklevel=4,
+            )
+
+    def prepare(self) -> backends.Stepping:
+        """The backend, made on first use for the device that the gradients are on."""
+        if not self._owned:
+            self.look_again(warn=False)  # the model may have changed since
+            self._own(self.plan)
+        if self._backend is None:
+            self._backend = backends.make(
+                self._options.backend, self.plan, self._state, self.rules, self.model
+            )
+        return self._backend
+
+    def _check_scalar(self, name: str, value: object) -> None:
+        if value is None:
+            return
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.dtype != torch.float32:
+            raise TypeError(f"{name} must be a tensor of one float32 element, not {value!r}")
+        if value.device != self.device:
+            self.look_again()  # the model may have moved
+        if value.device != self.device:
+            raise ValueError(f"{name} is on {value.device}, the gradients are on {self.device}")
+
+    def _raise_if_nonfinite(self, backend: backends.Stepping, call: Call) -> None:
+        if call.found_inf is not None and call.found_inf.item() != 0:
+            return
+        layers = backend.found_anywhere(nonfinite_layers(self.plan, call.only))
+        if layers:
+            names = dict.fromkeys(self.plan.layers[layer] for layer in layers)
+            raise RuntimeError(
+                f"non-finite gradients in layer(s) {', '.join(map(repr, names))}; nothing was "
+                "written (error_if_nonfinite=True)"
+            )
+
+    # ---- the state ------------------------------------------------------------------
+
+    def settled_state(self) -> State:
+        """The state, once the last step on sharded gradients is added up: may be a collective."""
+        if self._backend is not None:
+            self._backend.settle()
+        return self._state
+
+    def written(self, restored: bool = False) -> None:
+        """Has to be called after anything but a step wrote to the state.
+
+        ``restored``: all of it, the counters included.
+        """
+        if self._backend is not None:
+            self._backend.follow(restored)
+
+    # ---- the model ------------------------------------------------------------------
+
+    def look_again(self, warn: bool = True) -> None:
+        """Walks the model: binds new and replaced parameters, lets vanished ones go.
+
+        Layers keep their state by name. ``warn``: of layers that vanish with theirs. Raises
+        ValueError, with everything as it was, as ``find_layers`` does, and for a parameter that
+        another one owns.
+        """
+        model, plan = self.model, self.plan
+        if model is not None:
+            bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
+            plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
+        device = state_device(plan)
+        if plan.serves_the_same(self.plan) and device == self.device:
+            return
+        if self._owned:
+            self._own(plan)
+        standing = set(plan.layers)
+        vanished = [name for name in self.plan.layers if name not in standing]
+        if vanished and warn:
+            warnings.warn(
+                f"layer(s) no longer in the model: {', '.join(map(repr, vanished))}; their state "
+                "is gone",
+                stacklevel=3,
+            )
+        self._replace(plan, device)
+
+    def _replace(self, plan: Plan, device: torch.device) -> None:
+        state = self.settled_state()
+        if device != state.device or not plan.laid_out_like(self.plan):
+            state = State(plan, self._options.factor, device)
+            state.inherit(plan, self._state, self.plan)
+        hooked = self._backend is not None and self._backend.acts_between_steps
+        self.plan, self._state, self._backend = plan, state, None
+        if hooked:
+            self.prepare()
+
+    def _own(self, plan: Plan) -> None:
+        for slot in plan.slots:
+            if _OWNERS.get(id(slot.parameter), self) is not self:
+                raise ValueError(
+                    f"parameter {slot.name!r} already belongs to another living Amplifier: use "
+                    "that one, or let go of it first (an optimizer it is attached to holds it, and "
+                    "so does fused_amplify until gradamp_fast.reset(model))"
+                )
+        for identity in self._owned:
+            _OWNERS.pop(identity, None)
+        self._owned = [id(slot.parameter) for slot in plan.slots]
+        _OWNERS.update(dict.fromkeys(self._owned, self))
+
+    # ---- its optimizers -------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer's steps amplify."""
+        return any(holding.attached for holding in self.holdings)
+
+    def attached_to(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer's do."""
+        return any(h.attached and h.optimizer is optimizer for h in self.holdings)
+
+    def meet(self) -> None:
+        """Looks again for an optimizer that is about to join: it may hold what is new."""
+        self.look_again(warn=bool(self._owned))
+
+    def join(self, holding: Holding) -> None:
+        """From here on what the optimizer does not want amplified is left out; all or nothing."""
+        self.holdings.add(holding)
+        try:
+            self._exclude_unwanted()
+        except ValueError:
+            self.holdings.discard(holding)
+            raise
+
+    def leave(self, holding: Holding) -> None:
+        """The optimizer's wishes no longer count."""
+        self.holdings.discard(holding)
+        self._exclude_unwanted()
+
+    def follow(self, holding: Holding) -> bool:
+        """Looks at the optimizer's groups again; whether they changed."""
+        changed = holding.changed()
+        if changed:
+            self._exclude_unwanted()
+        return changed
+
+    def _exclude_unwanted(self) -> None:
+        unwanted = frozenset().union(*(h.unwanted() for h in self.holdings if h.active))
+        if unwanted == self._excluded:
+            return
+        before, self._excluded = self._excluded, unwanted
+        try:
+            self.look_again(warn=False)
+        except ValueError:
+            self._excluded = before
+            raise

@@ -1,0 +1,36 @@
+"""What one step is given, and what comes of it."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """What one step is given.
+
+    Attributes:
+        grad_scale: what the loss was multiplied by: one fp32 element on the gradients' device.
+        found_inf: one fp32 element there; not 0 skips the step, which sets it to 1 itself where
+            it finds a gradient that is not finite.
+        unscale: whether gradients are divided by ``grad_scale``, too; else an optimizer does it.
+        only: a byte for each slot of the plan, 0 for one that is left out; None leaves none out.
+        walked: whether the model has just been walked, so that a gradient that went missing is
+            no news.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    unscale: bool = True
+    only: bytes | None = None
+    walked: bool = False
+
+
+class Outcome(enum.IntEnum):
+    """What a backend made of a step."""
+
+    DONE = 0
+    EMPTY = 1  # no parameter has a gradient: nothing changed
+    REBIND = 2  # the model has changed, or may have: walk it, then step again

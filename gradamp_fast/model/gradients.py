@@ -1,0 +1,192 @@
+"""Reads the gradients and judges them: the one place that says what a gradient may be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..call import Call, Outcome
+from .plan import Plan, Slot
+from .shards import is_dtensor, local, refuse_partial
+
+# In the order of DType in csrc/rules/common.h.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class GradientReader:
+    """Gradients of a plan's parameters as flat real tensors in memory order.
+
+    Of a DTensor that is the part that is here.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        self._had_gradient = [False] * len(plan.slots)
+        self._copies: list[tuple[Tensor, Tensor]] = []
+
+    def read(self, call: Call) -> list[Tensor | None] | Outcome:
+        """A flat view for each slot, None where there is no gradient.
+
+        One that ``call.only`` leaves out is as if without gradient. A gradient that is strided
+        without being dense, or lazily conjugated, is copied; ``write_back`` stores what became of
+        it.
+
+        Raises TypeError or ValueError, naming the parameter, before anything is written.
+        """
+        plan, only, walked = self.plan, call.only, call.walked
+        self._copies.clear()
+        if any(parameter.requires_grad for parameter in plan.watched):
+            return Outcome.REBIND
+        wanted = [only is None or bool(only[i]) for i in range(len(plan.slots))]
+        gradients = [
+            _gradient(slot) if want else None for slot, want in zip(plan.slots, wanted, strict=True)
+        ]
+        for slot, gradient, want, had in zip(
+            plan.slots, gradients, wanted, self._had_gradient, strict=True
+        ):
+            if gradient is None:
+                if want and had and not walked:
+                    return Outcome.REBIND
+            elif gradient.numel() * (2 if gradient.is_complex() else 1) != slot.numel:
+                if not walked:
+                    return Outcome.REBIND
+                raise ValueError(
+                    f"the gradient of {slot.name!r} has shape {tuple(gradient.shape)}, the "
+                    f"parameter {tuple(slot.parameter.shape)}"
+                )
+        present = [(s, g) for s, g in zip(plan.slots, gradients, strict=True) if g is not None]
+        if not present:
+            return Outcome.EMPTY
+        for slot, gradient in present:
+            _check(slot, gradient)
+        if elsewhere := [(s, g) for s, g in present if g.device != self.device]:
+            if len(elsewhere) == len(present) and not walked:
+                return Outcome.REBIND
+            slot, gradient = elsewhere[0]
+            raise ValueError(
+                f"gradients are on several devices: that of {slot.name!r} is on "
+                f"{gradient.device}, others are on {self.device}; use one Amplifier for each "
+                "device's part of the model"
+            )
+        for index, want in enumerate(wanted):
+            if want:
+                self._had_gradient[index] = gradients[index] is not None
+        return [None if g is None else self._flat(g) for g in gradients]
+
+    def _flat(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.detach()
+        if gradient.is_conj() or gradient.is_neg() or not is_dense(gradient):
+            copy = gradient.resolve_conj().resolve_neg().contiguous()
+            self._copies.append((gradient, copy))
+            gradient = copy
+        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        return real.as_strided((real.numel(),), (1,))
+
+    def write_back(self) -> None:
+        """Stores the copies' contents in the gradients they were made of."""
+        for gradient, copy in self._copies:
+            gradient.copy_(copy)
+        self._copies.clear()
+
+
+def nonfinite_layers(plan: Plan, only: bytes | None) -> list[int]:
+    """The layers that have a NaN or an infinity in a gradient here. Synchronises."""
+    return [
+        slot.layer
+        for index, slot in enumerate(plan.slots[: plan.measured])
+        if (only is None or only[index]) and not _is_finite(slot)
+    ]
+
+
+def _is_finite(slot: Slot) -> bool:
+    gradient = slot.parameter.grad if slot.parameter.requires_grad else None
+    if gradient is None or gradient.layout != torch.strided:
+        return True
+    here = local(gradient) if is_dtensor(gradient) else gradient
+    return bool(torch.isfinite(here).all())
+
+
+def state_device(plan: Plan) -> torch.device:
+    """Where the gradients are, or, before there are any, the parameters; the CPU for meta."""
+    tensors: list[Tensor] = [slot.parameter for slot in plan.slots]
+    gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
+    device = (gradients or tensors)[0].device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, each once, in whatever order."""
+    expected = 1
+    for stride, size in sorted(
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size != 1
+    ):
+        if size == 0:
+            return True
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _gradient(slot: Slot) -> Tensor | None:
+    gradient = slot.parameter.grad if slot.parameter.requires_grad else None
+    if gradient is None or (slot.shard is None and not is_dtensor(gradient)):
+        return gradient
+    what = f"the gradient of {slot.name!r}"
+    if slot.shard is None:
+        raise TypeError(f"{what} is a DTensor, the parameter a plain tensor")
+    if not is_dtensor(gradient):
+        raise TypeError(f"{what} is a plain tensor, the parameter a DTensor")
+    refuse_partial(what, gradient)
+    placements, expected = gradient.placements, slot.parameter.placements  # type: ignore[attr-defined]
+    if placements != expected:
+        raise TypeError(
+            f"{what} has placements {placements}, the parameter {expected}: redistribute it to "
+            "those before the step"
+        )
+    return local(gradient)
+
+
+def _check(slot: Slot, gradient: Tensor) -> None:
+    what = f"the gradient of {slot.name!r}"
+    if type(gradient) not in (Tensor, Parameter):
+        raise TypeError(
+            f"{what} is a {type(gradient).__name__}: only plain tensors can be amplified; "
+            "exclude the parameter or convert its gradient"
+        )
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"{what} has layout {gradient.layout}: only dense gradients can be amplified; use a "
+            "module that makes dense ones (such as Embedding(sparse=False)) or exclude it"
+        )
+    real = gradient.dtype.to_real() if gradient.is_complex() else gradient.dtype
+    if gradient.is_quantized or real not in DTYPES:
+        raise TypeError(
+            f"{what} has dtype {gradient.dtype}: float32, bfloat16, float16, float64 and complex "
+            "numbers of these can be amplified"
+        )
+    if gradient.device.type == "meta":
+        raise TypeError(f"{what} is on the meta device: it has no elements")
+    if not is_dense(gradient) and _overlaps(gradient):
+        raise ValueError(
+            f"{what} is expanded or overlaps itself: its elements share memory, so none can be "
+            "multiplied alone; call .contiguous() on it"
+        )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory; True where that is hard to tell."""
+    end = 1
+    for stride, size in sorted(
+        (stride, size)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size != 1
+    ):
+        if stride < end:
+            return True
+        end = stride * (size - 1) + end
+    return False

@@ -1,0 +1,144 @@
+"""Walks a model: its parameters, their names without wrappers, their layers."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from torch import nn
+from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
+
+from ..options import Names, Options
+from .plan import Plan, make_plan
+
+# Inserted into names by torch.compile, FSDP and activation checkpointing.
+_INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these insert "module"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers: modules that hold nothing but ``module`` or ``_orig_mod``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+    while True:
+        children = model._modules
+        if len(children) != 1 or model._parameters or model._buffers:
+            return model
+        name, child = next(iter(children.items()))
+        if name not in ("module", "_orig_mod") or child is None:
+            return model
+        model = child
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter once, under the first name that reaches it, in module order.
+
+    Names come without what wrappers inserted.
+    """
+    seen: set[int] = set()
+    clean: dict[str, str] = {}  # of each module's path
+    parallel: set[str] = set()
+    for path, module in model.named_modules():
+        parent, _, own = path.rpartition(".")
+        inserted = own in _INSERTED or (own == "module" and parent in parallel)
+        prefix = clean.get(parent, "")
+        clean[path] = prefix if inserted else f"{prefix}.{own}" if prefix else own
+        if isinstance(module, _PARALLEL):
+            parallel.add(path)
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield f"{clean[path]}.{name}" if clean[path] else name, parameter
+
+
+def find_layers(
+    model: nn.Module,
+    options: Options,
+    excluded: Collection[int] = (),
+    bound: Collection[int] = (),
+    check_names: bool = True,
+) -> Plan:
+    """The plan of a model (not a wrapper).
+
+    ``excluded`` and ``bound`` hold ids of parameters: those that are not to be amplified, and
+    those that keep their place while they are frozen. ``check_names``: a glob has to match.
+
+    Raises ValueError if nothing is trainable, everything is excluded, a glob matches no
+    parameter, or a lazy module has not made its parameters yet; TypeError for parameters sharded
+    by the first FSDP.
+    """
+    _prepare_fsdp(model)
+    included = _matcher("include", options.include, model, True, check_names)
+    left_out = _matcher("exclude", options.exclude, model, False, check_names)
+    members: list[tuple[str, Parameter, str | None]] = []
+    watched: list[Parameter] = []
+    for name, parameter in named_parameters(model):
+        if is_lazy(parameter):
+            raise ValueError(f"{name!r} has no shape yet: run the model forward once before")
+        if not parameter.requires_grad and id(parameter) not in bound:
+            watched.append(parameter)
+            continue
+        layer: str | None = None
+        unwanted = id(parameter) in excluded or left_out(name) or not included(name)
+        if not unwanted and not (options.exclude_bias_and_norm and parameter.ndim <= 1):
+            layer = _layer_of(name, options)
+        members.append((name, parameter, layer))
+    if not members:
+        raise ValueError("the model has no trainable parameter: nothing could be amplified")
+    plan = make_plan(members, watched)
+    if plan.measured == 0:
+        raise ValueError(
+            "no trainable parameter is left to amplify: include, exclude, exclude_bias_and_norm, "
+            'group_by or param_group["amplify"] rule out all of them'
+        )
+    return plan
+
+
+def _prepare_fsdp(model: nn.Module) -> None:
+    """Modules of ``fully_shard`` hold their DTensors from here on, not whole parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # then there is no such module
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+        elif isinstance(module, fsdp.FullyShardedDataParallel):
+            whole = module.sharding_strategy == fsdp.ShardingStrategy.NO_SHARD
+            for name, parameter in named_parameters(module):
+                if isinstance(parameter, fsdp.FlatParameter) or not whole:
+                    raise TypeError(
+                        f"parameter {name!r} is sharded by FullyShardedDataParallel, whose flat "
+                        "pieces do not tell which layer an element is of: use "
+                        "torch.distributed.fsdp.fully_shard (FSDP2) instead"
+                    )
+
+
+def _layer_of(name: str, options: Options) -> str | None:
+    if callable(options.group_by):
+        return options.group_by(name)
+    return name if options.group_by == "tensor" else name.rpartition(".")[0]
+
+
+def _matcher(
+    option: str, names: Names | None, model: nn.Module, default: bool, check_names: bool
+) -> Callable[[str], bool]:
+    """A predicate over parameter names."""
+    if names is None:
+        return lambda name: default
+    if callable(names):
+        return names
+    globs = list(names)
+    known = [name for name, _ in named_parameters(model)]
+    for glob in globs if check_names else ():
+        if not fnmatch.filter(known, glob):
+            raise ValueError(
+                f"{option}={glob!r} matches no parameter; names look like {_examples(known)}"
+            )
+    return lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def _examples(known: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in list(known)[:3]) or "nothing: there are none"

@@ -1,0 +1,248 @@
+"""The rules about whole layers: state update, score, threshold, selection, multiplier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Rules
+from .moments import constant
+from .sketch import murmur_finaliser
+from .state import LAYER_FIELDS, State
+
+
+class Sums(NamedTuple):
+    """One step's statistics, one entry for each layer: fp64 [layers]."""
+
+    numel: Tensor  # 0: no gradient, and the rest is 0 as well
+    mean: Tensor
+    m2: Tensor  # sum of squared deviations from the mean
+    power: Tensor  # sum of s^2 over the buckets s
+    dot: Tensor  # sum of s * h, h being the bucket's running mean before this step
+    before: Tensor  # sum of h^2
+    after: Tensor  # sum of h^2 after this step
+
+    def finite(self) -> Tensor:
+        total = self.m2 + self.numel * self.mean**2 + self.power + self.dot.abs() + self.after
+        return torch.isfinite(total).all()
+
+    def squares(self) -> Tensor:
+        """Sum of squared elements."""
+        return self.m2 + self.numel * self.mean**2
+
+
+# ---- state update -------------------------------------------------------------------
+
+
+def _updated(rows: Tensor, sums: Sums, amplified: Tensor | int, decay: float) -> Tensor:
+    """The layers' state after a step: [layers, fields] -> [layers, fields]."""
+    old = dict(zip(LAYER_FIELDS, rows.unbind(1), strict=True))
+    new = dict(old)
+    new["steps"] = old["steps"] + 1
+    new["weight_sum"] = 1 + decay * old["weight_sum"]
+    w = 1 / new["weight_sum"]
+
+    root = sums.power.sqrt() * sums.before.sqrt()
+    agreement = torch.where(root > 0, sums.dot / root, 0.0)
+    step_of_agreement = (agreement - old["agreement"]) / old["weight_sum"]
+    new["agreement"] = old["agreement"] + torch.where(old["steps"] >= 1, step_of_agreement, 0.0)
+
+    new["variance"] = old["variance"] + w * (sums.m2 / sums.numel - old["variance"])
+    new["power"] = old["power"] + w * (sums.power - old["power"])
+    new["mean_power"] = sums.after
+    new["noise"] = (1 - w) ** 2 * old["noise"] + w**2 * sums.power
+    new["amplified_steps"] = old["amplified_steps"] + amplified
+    return torch.stack([new[name] for name in LAYER_FIELDS], dim=1)
+
+
+# ---- score, threshold, selection ----------------------------------------------------
+
+
+def scores(layers: Tensor, measure: str) -> Tensor:
+    """The measure's value for each row of state: fp64 [layers, fields] -> [layers].
+
+    NaN where there is no score yet. Scores need two steps, "variance" one.
+    """
+    state = dict(zip(LAYER_FIELDS, layers.unbind(1), strict=True))
+    if measure == "variance":
+        return torch.where(state["steps"] >= 1, state["variance"].log(), torch.nan)
+    if measure == "direction":
+        value = -state["agreement"]
+    else:
+        value = (state["noise"] / state["mean_power"]).log()
+    return torch.where(state["steps"] >= 2, value, torch.nan)
+
+
+def draws(layers: int, seed: int, decision: Tensor) -> Tensor:
+    """A number in (0, 1) for each layer, other ones for each decision: fp64 [layers]."""
+    number = decision.long() & 0xFFFFFFFF
+    stream = murmur_finaliser(murmur_finaliser(torch.full_like(number, seed)) ^ number)
+    return (
+        murmur_finaliser(stream ^ torch.arange(layers, device=number.device)).double() + 0.5
+    ) / 2**32
+
+
+def last_decision(state: State, rules: Rules) -> Tensor:
+    """Number of the decision taken last: [], the epoch's or counted from 1."""
+    if rules.refresh == 0:
+        return state.scalar("epoch")
+    counted = state.scalar("step") - state.scalar("skipped_steps")
+    return (counted / rules.refresh).floor()
+
+
+def chosen_scores(state: State, rules: Rules, decision: Tensor) -> Tensor:
+    """What the decision of that number goes by: fp64 [layers]; NaN where there is no score yet."""
+    if rules.measure == "random":
+        drawn = draws(state.layers.shape[0], rules.seed, decision)
+        return torch.where(state.column("steps") >= 1, drawn, torch.nan)
+    return scores(state.layers, rules.measure)
+
+
+def threshold(values: Tensor, rules: Rules) -> Tensor:
+    """tau over the scores that are not NaN: [layers] -> []; NaN if there are none."""
+    if rules.threshold == "number":
+        return torch.full_like(values.sum(), rules.threshold_value)
+    eligible = ~values.isnan()
+    count = eligible.sum()
+    if rules.threshold == "quantile":
+        ordered = torch.where(eligible, values, torch.inf).sort().values
+        position = rules.threshold_value * (count - 1).clamp(min=0).double()
+        lower = position.floor().long()
+        upper = torch.minimum(lower + 1, (count - 1).clamp(min=0))
+        low, high = ordered.take(lower), ordered.take(upper)
+        tau = low + (position - lower) * (high - low)
+        return torch.where(count > 0, tau, torch.nan)
+    mean = torch.where(eligible, values, 0.0).sum() / count
+    if rules.threshold == "mean":
+        return mean
+    spread = (torch.where(eligible, values - mean, 0.0).square().sum() / count).sqrt()
+    distance = rules.threshold_value * spread
+    return mean - distance if rules.select == "below" else mean + distance
+
+
+@torch.no_grad()
+def decide(state: State, rules: Rules, decision: Tensor, *, due: Tensor | None = None) -> None:
+    """Chooses anew which layers are amplified; with ``due`` (bool []), only where it is true."""
+    if state.layers.shape[0] == 0:
+        return
+    values = chosen_scores(state, rules, decision)
+    steps, selected = state.column("steps"), state.column("selected")
+    values = torch.where((steps >= rules.min_steps) & values.isfinite(), values, torch.nan)
+    tau = threshold(values, rules)
+    chosen = (values < tau if rules.select == "below" else values > tau).double()
+    if due is not None:
+        chosen = torch.where(due, chosen, selected)
+        tau = torch.where(due, tau, state.scalar("threshold"))
+    changed_at = state.column("changed_at")
+    changed_at.copy_(torch.where(chosen != selected, state.scalar("step"), changed_at))
+    selected.copy_(chosen)
+    state.scalar("threshold").copy_(tau)
+
+
+# ---- schedule -----------------------------------------------------------------------
+
+
+def active_factor(state: State, rules: Rules) -> Tensor:
+    """What selected layers are multiplied by now: fp64 [], 1 outside all windows.
+
+    Where factors compound, as with ``placement="backward"``, no closer to 0 or infinity than
+    lets the product over all selected layers stay within ``max_amplification``.
+    """
+    factor = _scheduled_factor(state, rules)
+    if rules.max_amplification == math.inf:
+        return factor
+    selected = state.column("selected").sum().clamp(min=1)
+    largest = rules.max_amplification ** (1 / selected)
+    return torch.minimum(torch.maximum(factor, 1 / largest), largest)
+
+
+def _scheduled_factor(state: State, rules: Rules) -> Tensor:
+    factor = state.scalar("factor")
+    if rules.schedule_unit == "always":
+        return factor
+    now = step_number(state) if rules.schedule_unit == "step" else state.scalar("epoch")
+    active = torch.ones_like(factor)
+    for start, stop, own in rules.windows:
+        inside = (now >= start) & (now < stop)
+        active = torch.where(inside, factor if math.isnan(own) else own, active)
+    return active
+
+
+def step_number(state: State) -> Tensor:
+    """Steps so far, those that nothing measured included: fp64 []."""
+    return state.scalar("step") + state.scalar("unmeasured_steps")
+
+
+# ---- norm ----------------------------------------------------------------------------
+
+
+def rescale(
+    state: State,
+    rules: Rules,
+    sums: Sums,
+    selected: Tensor,
+    factor: Tensor,
+    excluded: Tensor,
+    counted: Tensor,
+) -> Tensor:
+    """What every gradient is multiplied by on top: fp64 []. Stores the norm before that.
+
+    ``excluded``: sum of squares of what belongs to no layer.
+    """
+    squares = sums.squares()
+    multipliers = torch.where(selected != 0, factor, 1.0)
+    before = squares.sum() + excluded
+    after = (multipliers.square() * squares).sum() + excluded
+    norm = (before if rules.match_norm else after).sqrt()
+    total_norm = state.scalar("total_norm")
+    total_norm.copy_(torch.where(counted, norm, total_norm))
+    if rules.match_norm:
+        return torch.where(after > 0, (before / after).sqrt(), 1.0)
+    return (rules.max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+# ---- commit --------------------------------------------------------------------------
+
+
+class Standing(NamedTuple):
+    """What holds at a step's beginning."""
+
+    inverse: Tensor  # what gradients are multiplied by before they count: fp64 []
+    skipped: Tensor  # whether ``found_inf`` asks for that: bool []
+    factor: Tensor  # what selected layers are multiplied by: fp64 []
+    selected: Tensor  # fp64 [layers], 0 or 1
+
+
+@torch.no_grad()
+def commit(
+    state: State, rules: Rules, sums: Sums, measured: Sequence[int], before: Standing
+) -> Tensor:
+    """Folds one step's sums into the state and decides; whether the step counts: bool [].
+
+    ``measured`` are the slots whose running means ``measure`` has written. A step that is
+    skipped on entry does not count.
+    """
+    factor = before.factor
+    counted = sums.finite() & ~before.skipped
+    present = counted & (sums.numel > 0)
+    amplified = present & (state.column("selected") != 0) & (factor != 1)
+    updated = _updated(state.layers, sums, 0 if rules.exact else amplified, rules.decay)
+    state.layers.copy_(torch.where(present[:, None], updated, state.layers))
+    if measured:
+        indices = constant(tuple(map(float, measured)), torch.int64, state.device)
+        row = state.parity[indices]
+        state.parity[indices] = torch.where(counted, 1 - row, row)
+    if rules.refresh:
+        number = state.scalar("step") - state.scalar("skipped_steps") + 1
+        due = counted & (number % rules.refresh == 0)
+        decide(state, rules, (number / rules.refresh).floor(), due=due)
+    if rules.exact:
+        amplified = present & (state.column("selected") != 0) & (factor != 1)
+        state.column("amplified_steps").add_(amplified)
+    state.scalar("step").add_(1)
+    state.scalar("skipped_steps").add_(~counted)
+    return counted

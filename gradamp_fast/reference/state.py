@@ -1,0 +1,153 @@
+"""What the steps so far left behind, in three tensors on the gradients' device.
+
+The lists of the state's fields and of the options' values stand here once. The compiled extension
+has its own, in csrc/rules/state.h, which are compared with these before it is used; the constants
+of the Triton kernels are made of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..model.plan import Plan, Slot
+from ..options import Measure, ScheduleUnit, Select, Threshold
+
+GLOBAL_FIELDS = (
+    "step",  # calls so far, skipped ones included
+    "skipped_steps",  # of these
+    "epoch",  # -1: never set
+    "threshold",  # of the last decision; NaN before the first
+    "factor",
+    "total_norm",  # before clipping
+    "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
+    "unmeasured_skipped",  # of these
+)
+LAYER_FIELDS = (
+    "steps",  # k
+    "weight_sum",  # W_k = 1 + decay W_{k-1}; the newest step weighs 1 / W_k
+    "variance",  # V
+    "power",  # Q: running mean of the sum of squared buckets
+    "mean_power",  # R: sum of the squared running means
+    "noise",  # F: what R would be if the steps were uncorrelated
+    "agreement",  # D
+    "selected",  # 0 or 1: the standing selection
+    "amplified_steps",  # counted steps on which the layer was multiplied
+    "changed_at",  # step number at which "selected" last changed
+)
+# A kernel is told a value by its place here.
+ENUMS: dict[str, tuple[str, ...]] = {
+    "measure": get_args(Measure),
+    "threshold": get_args(Threshold),
+    "select": get_args(Select),
+    "schedule_unit": get_args(ScheduleUnit),
+}
+_AVERAGES = LAYER_FIELDS[: LAYER_FIELDS.index("selected")]
+
+
+class State:
+    """State of one plan; the tensors' addresses stay for life, everything writes in place.
+
+    Attributes:
+        values: fp64 [globals + layers x fields]: the globals, then each layer's fields.
+        sketch: fp32 [2, buckets]: running means of the buckets, double-buffered.
+        parity: int32 [measured tensors]: the row of ``sketch`` that holds a tensor's means.
+    """
+
+    def __init__(self, plan: Plan, factor: float, device: torch.device) -> None:
+        self.factor = factor
+        numbers = len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(plan.layers)
+        self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
+        self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
+        self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
+        self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def layers(self) -> Tensor:
+        """View of the layers' fields: fp64 [layers, fields]."""
+        return self.values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))
+
+    def scalar(self, name: str) -> Tensor:
+        """View of a global: fp64 []."""
+        return self.values[GLOBAL_FIELDS.index(name)]
+
+    def column(self, name: str) -> Tensor:
+        """View of one field of all layers: fp64 [layers]."""
+        return self.layers[:, LAYER_FIELDS.index(name)]
+
+    def on_host(self) -> State:
+        """A copy of the numbers on the CPU, without the sketch: one transfer."""
+        host = State.__new__(State)
+        host.factor, host.values = self.factor, self.values.to("cpu", copy=True)
+        return host
+
+    def reset(self) -> None:
+        """Back to before the first step."""
+        for tensor in (self.values, self.sketch, self.parity):
+            tensor.zero_()
+        self.scalar("epoch").fill_(-1.0)
+        self.scalar("threshold").fill_(float("nan"))
+        self.scalar("factor").fill_(self.factor)
+
+    def restart(self) -> None:
+        """Averages and sketches begin anew; the selection and the counters stand."""
+        for name in _AVERAGES:
+            self.column(name).zero_()
+        self.sketch.zero_()
+
+    def means(self, plan: Plan, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Each measured tensor's running means by parameter name: views of one copy, on `device`.
+
+        None: on the state's own.
+        """
+        spans = torch.tensor(plan.spans, device=self.device)
+        newest = self.parity.repeat_interleave(spans, output_size=sum(plan.spans)).bool()
+        sketch = self.sketch[:, : len(newest)]
+        means = sketch[1].where(newest, sketch[0]).to(device or self.device)
+        return {slot.name: part for slot, part in _parts(plan, means)}
+
+    def take_means(self, plan: Plan, means: dict[str, Tensor]) -> None:
+        """Writes running means, where given, into both rows, and 0 elsewhere."""
+        device = next((tensor.device for tensor in means.values()), self.device)
+        row = torch.zeros(self.sketch.shape[1], device=device)
+        given = [(part, means[s.name]) for s, part in _parts(plan, row) if s.name in means]
+        if given:
+            torch._foreach_copy_([part for part, _ in given], [mean for _, mean in given])
+        self.parity.zero_()
+        self.sketch.copy_(row)
+
+    def inherit(self, plan: Plan, old: State, old_plan: Plan) -> None:
+        """Takes over what another plan's state knows of this plan's layers, by name.
+
+        A tensor whose size changed, or how it is cut, makes its layer begin anew.
+        """
+        self.values[: len(GLOBAL_FIELDS)] = old.values[: len(GLOBAL_FIELDS)]
+        before = {slot.name: slot for slot in old_plan.slots[: old_plan.measured]}
+        measured = plan.slots[: plan.measured]
+        changed = {s.layer for s in measured if not s.is_like(before.get(s.name, s))}
+        rows = {name: index for index, name in enumerate(old_plan.layers)}
+        kept = [i for i, name in enumerate(plan.layers) if name in rows and i not in changed]
+        theirs = [rows[plan.layers[index]] for index in kept]
+        self.layers[kept] = old.layers[theirs].to(self.device)
+        means = old.means(old_plan, self.device)
+        self.take_means(
+            plan,
+            {s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed},
+        )
+
+
+def _parts(plan: Plan, row: Tensor) -> Iterator[tuple[Slot, Tensor]]:
+    """Each measured tensor's buckets in a row of the sketch, without the gaps between them."""
+    measured = plan.slots[: plan.measured]
+    buckets = [slot.buckets for slot in measured]
+    gaps = [span - used for span, used in zip(plan.spans, buckets, strict=True)]
+    sizes = [*chain.from_iterable(zip(buckets, gaps, strict=True)), len(row) - sum(plan.spans)]
+    return zip(measured, row.split(sizes)[:-1:2], strict=True)

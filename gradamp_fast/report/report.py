@@ -1,0 +1,109 @@
+"""What an Amplifier knows, on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from .. import reference
+from ..model.plan import Plan
+from ..options import Rules
+from ..reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
+from . import export, table
+from .numbers import LayerReport, Numbers
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.table import Table
+
+
+class Report(Numbers):
+    """All layers at one moment.
+
+    Attributes:
+        threshold: that of the last decision; NaN before the first.
+        steps: steps so far, skipped ones included.
+        epoch: as ``set_epoch`` told it last; None if it never did.
+        measure, select: the options that the decision follows.
+    """
+
+    def __str__(self) -> str:
+        return table.plain(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        yield table.rich_table(self, options.max_width)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes ``.csv`` (a row for each layer) or ``.json``; ValueError for another ending."""
+        export.save([self], path)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A state's numbers on the host, and what it takes to read them: 80 bytes a layer."""
+
+    layers: tuple[str, ...]
+    layer_numel: tuple[int, ...]
+    state: State
+    rules: Rules
+
+
+def take_snapshot(plan: Plan, state: State, rules: Rules) -> Snapshot:
+    """One device-to-host copy."""
+    return Snapshot(plan.layers, plan.layer_numel, state.on_host(), rules)
+
+
+def make_report(snapshot: Snapshot) -> Report:
+    """Host arithmetic alone."""
+    state, rules = snapshot.state, snapshot.rules
+    values = dict(zip(GLOBAL_FIELDS, state.values[: len(GLOBAL_FIELDS)].tolist(), strict=True))
+    step = int(values["step"] + values["unmeasured_steps"])
+    skipped = int(values["skipped_steps"] + values["unmeasured_skipped"])
+    fluctuation, direction, score = (
+        values.tolist()
+        for values in (
+            reference.scores(state.layers, "fluctuation"),
+            reference.scores(state.layers, "direction"),
+            reference.chosen_scores(state, rules, reference.last_decision(state, rules)),
+        )
+    )
+    factor = float(reference.active_factor(state, rules))
+    rows = state.layers.tolist()
+    layers = []
+    for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
+        row = dict(zip(LAYER_FIELDS, rows[index], strict=True))
+        selected = row["selected"] != 0
+        changed_at = min(int(row["changed_at"]) * rules.measure_every, step)
+        temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
+        layers.append(
+            LayerReport(
+                name=name,
+                numel=numel,
+                steps=int(row["steps"]),
+                variance=row["variance"],
+                temporal_variance=temporal,
+                fluctuation=fluctuation[index],
+                direction=-direction[index],
+                score=score[index],
+                selected=selected,
+                factor=factor if selected else 1.0,
+                amplified_steps=int(row["amplified_steps"]),
+                amplified_share=row["amplified_steps"] / (step - skipped)
+                if step > skipped
+                else 0.0,
+                changed_at=changed_at,
+                steps_since_change=step - changed_at if selected or changed_at else None,
+            )
+        )
+    return Report(
+        layers=tuple(layers),
+        threshold=values["threshold"],
+        steps=step,
+        skipped_steps=skipped,
+        epoch=int(values["epoch"]) if values["epoch"] >= 0 else None,
+        measure=rules.measure,
+        select=rules.select,
+    )

@@ -1,0 +1,109 @@
+"""Where Python hands over to the compiled extension: what is checked there, and how it is told."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from gradamp_fast import Amplifier, _extension
+from gradamp_fast.backends.compiled import LISTS, for_kernel
+from gradamp_fast.options import Options
+from gradamp_fast.reference.state import GLOBAL_FIELDS, LAYER_FIELDS
+
+
+@pytest.fixture
+def given() -> dict[str, Any]:
+    """What one layer of 5,000 elements is handed over with."""
+    if _extension.load() is None:
+        pytest.skip(str(_extension.reason()))
+    return {
+        "parameters": [Parameter(torch.zeros(5000))],
+        "watched": [],
+        "tensors": [(0, 5000, 4, 0, 0)],  # layer, numel, bucket_log2, first_bucket, first_word
+        "num_layers": 1,
+        "options": for_kernel(Options().rules()),
+        "values": torch.zeros(len(GLOBAL_FIELDS) + len(LAYER_FIELDS), dtype=torch.float64),
+        "sketch": torch.zeros(2, 320),
+        "parity": torch.zeros(1, dtype=torch.int32),
+    }
+
+
+def bind(given: dict[str, Any]) -> Any:
+    return _extension.load().Stepper(**given)
+
+
+def test_what_the_rules_give_is_taken(given: dict[str, Any]) -> None:
+    bind(given)
+    bind({**given, "tensors": [(0, 5000, 9, 0, 64)]})  # a part of a larger tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ((0, 5000, 0, 0, 0), "5000 elements has bucket_log2 0; the bucket rule gives .* 4 or more"),
+        ((-1, 5000, 0, 0, 0), "bucket_log2 0"),  # excluded ones are cut into the same buckets
+        ((0, 5000, 5, 0, 0), "bucket_log2 5; the bucket rule gives 0, 4 or 9"),
+        ((0, 5000, -1, 0, 0), "bucket_log2 -1"),
+        ((0, -1, 4, 0, 0), "numel -1"),
+        ((0, 5000, 4, 16, 0), "buckets 16 to 329 in a sketch of 320"),
+        ((0, 5000, 4, -16, 0), "buckets -16"),
+        ((1, 5000, 4, 0, 0), "ascending layer"),
+    ],
+)
+def test_tensors_that_break_a_rule(given: dict[str, Any], tensor: Any, message: str) -> None:
+    if tensor[0] == -1:
+        given["parity"] = given["parity"][:0]
+    with pytest.raises(ValueError, match=message):
+        bind({**given, "tensors": [tensor]})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("values", torch.zeros(len(GLOBAL_FIELDS) + len(LAYER_FIELDS))),
+        ("values", torch.zeros(len(GLOBAL_FIELDS), dtype=torch.float64)),
+        ("sketch", torch.zeros(320, 2).t()),
+        ("sketch", torch.zeros(640)),
+        ("parity", torch.zeros(1, dtype=torch.int64)),
+        ("parity", torch.zeros(2, dtype=torch.int32)),
+        ("parity", torch.zeros(1, dtype=torch.int32, device="meta")),
+    ],
+)
+def test_state_of_another_shape(given: dict[str, Any], name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        bind({**given, name: value})
+
+
+def test_sums_of_another_shape(given: dict[str, Any]) -> None:
+    stepper = bind(given)
+    gradient = [torch.ones(5000)]
+    for sums in (torch.zeros(2, 7, dtype=torch.float64), torch.zeros(2, 8)):
+        with pytest.raises(ValueError, match="`sums`"):
+            stepper.step_gradients(gradient, None, None, True, sums)
+
+
+# ---- lists that stand in both languages -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_that_differ_are_told_with_the_command_that_rebuilds(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    extension = _extension.load()
+    assert getattr(extension, name) == LISTS[name]
+    parameter = given["parameters"][0]
+    parameter.grad = torch.ones_like(parameter)
+    theirs = {**LISTS["ENUMS"], "select": ("above", "below")} if name == "ENUMS" else ("steps",)
+    monkeypatch.setattr(extension, name, theirs)
+    amplifier = Amplifier(torch.nn.ParameterList([parameter]), backend="cpu")
+    with pytest.raises(RuntimeError, match=rf"has {name} .*: rebuild gradamp_fast: .* pip install"):
+        amplifier.step()
+
+
+def test_lists_that_an_older_extension_lacks() -> None:
+    with pytest.raises(RuntimeError, match=r"has LAYER_FIELDS None.*rebuild gradamp_fast"):
+        _extension.check_lists(ModuleType("old"), {"LAYER_FIELDS": LAYER_FIELDS})

@@ -1,0 +1,99 @@
+"""The Triton kernel compiled ahead of time, without a GPU: vector widths, registers, spills."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gradamp_fast.backends.triton import launch
+from gradamp_fast.backends.triton.step import step_kernel
+
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = (1 << code for code in range(4))
+TYPES = {
+    "*fp64": "values config tile_rows group_rows layer_rows scores verdict",
+    "*fp32": "sketch",
+    "*i32": "parity tile_tensor layer_tiles tickets",
+    "*i64": "tensors addresses",
+    "i64": "grad_scale found_inf buckets",
+    "i32": "measured layers measured_tiles tiles unscale phases",
+    "constexpr": "DTYPES BY_BITS",
+}
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
+FULL_BLOCK_LOADS = {FLOAT32: 8, BFLOAT16: 4, FLOAT16: 4, FLOAT64: 16}  # 16 bytes for each lane
+BODIES = 3  # measured, multiplied in the first phase, multiplied in the second
+
+
+def compiled(target: GPUTarget, dtypes: int, cooperative: bool = False) -> Any:
+    signature = {name: TYPE_OF[name] for name in step_kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(step_kernel.arg_names)
+        if TYPE_OF[name].startswith("*")
+    }
+    source = ASTSource(step_kernel, signature, {"DTYPES": dtypes, "BY_BITS": False}, aligned)
+    options = launch.compiler_options(dtypes, cooperative, target.backend == "hip")
+    return triton.compile(source, target=target, options=options)
+
+
+def spills(lines: list[str]) -> int:
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "dtypes", "in_loop", "in_all"),
+    [
+        (80, FLOAT16, 0, 64),
+        (90, FLOAT32 | BFLOAT16, 0, 64),
+        # Triton has ptxas for Blackwell allocate registers in another way, which spills more.
+        (100, BFLOAT16, 96, 640),
+    ],
+)
+def test_widths_registers_and_spills(arch: int, dtypes: int, in_loop: int, in_all: int) -> None:
+    kernel = compiled(GPUTarget("cuda", arch, 32), dtypes)
+    vectors = BODIES * sum(n for dtype, n in FULL_BLOCK_LOADS.items() if dtype & dtypes)
+    ptx = kernel.asm["ptx"]
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == vectors
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == vectors
+    assert re.search(r"ld\.global\.b(16|32)\b", ptx), "no path for misaligned gradients"
+    assert not re.search(r"\.ftz\.f32", ptx), "subnormal numbers would be lost"
+
+    assert f".maxnreg {65536 // (16 * 32)}" in ptx
+    sass = kernel.asm["sass"].splitlines()
+    first_load = next(i for i, line in enumerate(sass) if "LDG.E.128" in line)
+    first_store = next(i for i, line in enumerate(sass) if "STG.E.128" in line)
+    assert spills(sass[first_load:first_store]) <= in_loop
+    assert spills(sass) <= in_all
+
+
+@pytest.mark.slow
+def test_fp64_and_a_grid_that_waits() -> None:
+    """Registers are not capped where elements are fp64."""
+    kernel = compiled(GPUTarget("cuda", 90, 32), FLOAT64, cooperative=True)
+    assert kernel.metadata.launch_cooperative_grid
+    wide = re.findall(r"ld\.global\.(?:v2\.b64|v4\.b32)", kernel.asm["ptx"])
+    assert len(wide) == BODIES * FULL_BLOCK_LOADS[FLOAT64]
+    assert ".maxnreg" not in kernel.asm["ptx"]
+    assert spills(kernel.asm["sass"].splitlines()) <= 8
+
+
+@pytest.mark.slow
+def test_amd() -> None:
+    """The source compiles for AMD as it is."""
+    kernel = compiled(GPUTarget("hip", "gfx942", 64), FLOAT32)
+    assert len(re.findall(r"global_load_dwordx4", kernel.asm["amdgcn"])) > 0
+
+
+def test_parameters_are_all_described() -> None:
+    assert set(step_kernel.arg_names) == set(TYPE_OF)
