@@ -73,5 +73,9 @@ PYBIND11_MODULE(_C, m) {
               const std::optional<at::Tensor>& sums) {
              return static_cast<int>(
                  stepper.step_gradients(std::move(gradients), grad_scale, found_inf, unscale, sums));
-           });
+           })
+      .def("settle", &Stepper::settle,
+           "What is done next on the current stream sees the state as the last step left it.")
+      .def("written", &Stepper::written,
+           "The next step sees what was written to the state on the current stream.");
 }

@@ -144,13 +144,33 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
   };
 #if defined(GRADAMP_WITH_CUDA)
   if (values_.is_cuda()) {
-    engine_ = cuda::make_engine(tiling(cuda::kTileElements), config, state, values_.device());
+    engine_ = cuda::make_engine(tiling(cuda::kTileElements), config, state,
+                                {values_, sketch_, parity_}, values_.device());
     return;
   }
 #endif
   TORCH_CHECK(values_.is_cpu(), "this build of the extension cannot serve ", values_.device());
   engine_ = cpu::make_engine(tiling(cpu::kTileElements), config, state, torch_threads());
 }
+
+// One step at a time: another thread may come in while the engine runs without Python's lock.
+class Stepper::Turn {
+ public:
+  explicit Turn(Stepper& stepper) : stepper_(stepper) {
+    TORCH_CHECK(!stepper_.stepping_.exchange(true),
+                "gradamp_fast: another thread is in a step of this Amplifier: step it from one "
+                "thread at a time");
+  }
+  ~Turn() {
+    stepper_.release();
+    stepper_.stepping_ = false;
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  Stepper& stepper_;
+};
 
 bool Stepper::take(size_t index, const at::Tensor& gradient) {
   const std::optional<DType> dtype = dtype_of(gradient);
@@ -205,14 +225,12 @@ void Stepper::release() {
 Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf, bool unscale,
                    const std::optional<py::bytes>& only, bool walked) {
+  const Turn turn(*this);
   const char* mask = only ? PyBytes_AS_STRING(only->ptr()) : nullptr;
   TORCH_CHECK(!only || PyBytes_GET_SIZE(only->ptr()) == static_cast<int64_t>(parameters_.size()),
               "`only` needs one byte for each parameter");
   const Outcome outcome = collect(mask, walked);
-  if (outcome != Outcome::kDone) {
-    release();
-    return outcome;
-  }
+  if (outcome != Outcome::kDone) return outcome;
   for (size_t i = 0; i < parameters_.size(); ++i)
     if (!mask || mask[i]) had_gradient_[i] = gradients_[i].defined();
   return run(grad_scale, found_inf, unscale, std::nullopt);
@@ -222,6 +240,7 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
                              const std::optional<at::Tensor>& grad_scale,
                              const std::optional<at::Tensor>& found_inf, bool unscale,
                              const std::optional<at::Tensor>& sums) {
+  const Turn turn(*this);
   TORCH_CHECK_VALUE(gradients.size() == parameters_.size(),
                     "one gradient or None for each parameter");
   TORCH_CHECK_VALUE(!sums || (sums->scalar_type() == at::kDouble && sums->is_contiguous() &&
@@ -239,10 +258,6 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
 Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf, bool unscale,
                   const std::optional<at::Tensor>& sums) {
-  struct Release {
-    Stepper& stepper;
-    ~Release() { stepper.release(); }
-  } release_at_end{*this};
   {
     py::gil_scoped_release unlocked;
     engine_->step({addresses_.data(), dtypes_.data(),

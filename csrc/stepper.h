@@ -4,6 +4,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -41,9 +42,15 @@ class __attribute__((visibility("hidden"))) Stepper {
                          const std::optional<at::Tensor>& found_inf, bool unscale,
                          const std::optional<at::Tensor>& sums);
 
+  // Whatever is done next on the current stream sees the state as the last step left it.
+  void settle() { engine_->settle(); }
+  // The next step sees what was written to the state on the current stream.
+  void written() { engine_->written(); }
+
   void stress(const Stress& stress) { engine_->stress(stress); }
 
  private:
+  class Turn;
   Outcome collect(const char* only, bool walked);
   // False: not a gradient that the engine can take as it is.
   bool take(size_t index, const at::Tensor& gradient);
@@ -63,6 +70,7 @@ class __attribute__((visibility("hidden"))) Stepper {
   std::unique_ptr<Engine> engine_;
 
   // These hold the step under way; the gradients are let go when it ends.
+  std::atomic<bool> stepping_ = false;
   std::vector<at::Tensor> gradients_;
   std::vector<void*> addresses_;
   std::vector<DType> dtypes_;

@@ -196,7 +196,7 @@ class BoundModel:
 
         Layers keep their state by name. ``warn``: of layers that vanish with theirs. Raises
         ValueError, with everything as it was, as ``find_layers`` does, and for a parameter that
-        another one owns.
+        another one owns. With sharded parameters a collective.
         """
         model, plan = self.model, self.plan
         if model is not None:
@@ -205,7 +205,8 @@ class BoundModel:
             self._skeleton = Skeleton(model)
         self._unlooked = 0
         device = state_device(plan)
-        if plan.serves_the_same(self.plan) and device == self.device:
+        state = self.settled_state()  # whether anything changed or not, as all processes do it
+        if plan.serves_the_same(self.plan) and device == state.device:
             return
         if self._owned:
             self._own(plan)
@@ -228,7 +229,7 @@ class BoundModel:
         return changed
 
     def _replace(self, plan: Plan, device: torch.device) -> None:
-        state = self.settled_state()
+        state = self._state
         if device != state.device or not plan.laid_out_like(self.plan):
             state = State(plan, self._options.factor, device)
             state.inherit(plan, self._state, self.plan)

@@ -151,6 +151,9 @@ def _taken_apart(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Tensor]:
     parts = {}
     for slot in plan.slots[: plan.measured]:
         cut, whole = cuts.get(slot.name), stored["sketches"][slot.name]
+        if cut is None and slot.shard is None:
+            parts[slot.name] = whole
+            continue
         how = None if slot.shard is None else slot.shard.how
         if how == (cut and cut.how):
             before = sum(cut.buckets[: slot.shard.index]) if cut and slot.shard else 0

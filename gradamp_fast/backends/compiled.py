@@ -53,6 +53,13 @@ class CompiledBackend(Measuring):
         self.reader.write_back()
         return Outcome.DONE
 
+    def settle(self) -> None:
+        # What is read next on the current stream waits for a step on another one.
+        self.compiled.settle()
+
+    def follow(self, restored: bool = False) -> None:
+        self.compiled.written()
+
     def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
         self._step_gradients(gradients, call, sums)
 

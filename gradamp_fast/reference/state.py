@@ -118,9 +118,9 @@ class State:
         """Writes running means, where given, into both rows, and 0 elsewhere."""
         device = next((tensor.device for tensor in means.values()), self.device)
         row = torch.zeros(self.sketch.shape[1], device=device)
-        given = [(part, means[s.name]) for s, part in _parts(plan, row) if s.name in means]
+        given = {s.name: part for s, part in _parts(plan, row) if s.name in means}
         if given:
-            torch._foreach_copy_([part for part, _ in given], [mean for _, mean in given])
+            torch._foreach_copy_(list(given.values()), [means[name] for name in given])
         self.parity.zero_()
         self.sketch.copy_(row)
 

@@ -16,8 +16,7 @@ from . import export, table
 from .numbers import LayerReport, Numbers
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 
 class Report(Numbers):
@@ -33,8 +32,13 @@ class Report(Numbers):
     def __str__(self) -> str:
         return table.plain(self)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        yield table.rich_table(self, options.max_width)
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        if len(self.layers) > table.RICH_LAYERS:
+            yield table.plain_text(self)
+        else:
+            yield table.rich_table(self, options.max_width)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes ``.csv`` (a row for each layer) or ``.json``; ValueError for another ending."""
