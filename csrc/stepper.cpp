@@ -196,10 +196,25 @@ Outcome Stepper::collect(const char* only, bool walked) {
       if (!take(i, gradient)) return Outcome::kUnusual;
       any = true;
     } else if (had_gradient_[i] && !walked) {
-      return Outcome::kRebind;
+      return Outcome::kMissing;
     }
   }
-  return any ? Outcome::kDone : Outcome::kEmpty;
+  if (!any) return Outcome::kEmpty;
+  return overlap() ? Outcome::kUnusual : Outcome::kDone;
+}
+
+bool Stepper::overlap() {
+  if (addresses_ == apart_) return false;
+  std::vector<std::pair<const char*, size_t>> stretches;
+  for (const at::Tensor& gradient : gradients_)
+    if (gradient.defined() && gradient.numel() > 0)
+      stretches.emplace_back(static_cast<const char*>(gradient.const_data_ptr()),
+                             gradient.nbytes());
+  std::sort(stretches.begin(), stretches.end());
+  for (size_t i = 1; i < stretches.size(); ++i)
+    if (stretches[i - 1].first + stretches[i - 1].second > stretches[i].first) return true;
+  apart_ = addresses_;
+  return false;
 }
 
 void Stepper::release() {

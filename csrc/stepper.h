@@ -15,10 +15,10 @@
 
 namespace gradamp {
 
-// What a step did; all but kDone: nothing. kRebind: the model may have changed. kUnusual:
-// Python looks closer, for it holds the rules of what a gradient may be and the errors that
-// name a parameter. The first three are those of gradients.Outcome.
-enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3 };
+// What a step did; all but kDone: nothing. kRebind: the model has changed. kMissing: it may
+// have, for a gradient is missing. kUnusual: Python looks closer, for it holds the rules of what
+// a gradient may be and the errors that name a parameter. The others are those of call.Outcome.
+enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kMissing = 3, kUnusual = 4 };
 
 class __attribute__((visibility("hidden"))) Stepper {
  public:
@@ -29,8 +29,8 @@ class __attribute__((visibility("hidden"))) Stepper {
        at::Tensor parity);
 
   // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
-  // Unless `walked`, a parameter that had a gradient on its last step and has none now asks
-  // for a walk of the model.
+  // Unless `walked`, a parameter that had a gradient on its last step and has none now ends in
+  // kMissing.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
                const std::optional<py::bytes>& only, bool walked);
@@ -57,6 +57,8 @@ class __attribute__((visibility("hidden"))) Stepper {
   Outcome run(const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale,
               const std::optional<at::Tensor>& sums);
+  // Whether two gradients share memory. Looked at only when addresses are not those of before.
+  bool overlap();
   void release();
 
   std::vector<py::object> parameters_;
@@ -73,6 +75,7 @@ class __attribute__((visibility("hidden"))) Stepper {
   std::vector<void*> addresses_;
   std::vector<DType> dtypes_;
   std::vector<uint8_t> written_;
+  std::vector<void*> apart_;  // the addresses that overlap() looked at last
 };
 
 }  // namespace gradamp

@@ -43,7 +43,7 @@ class CompiledBackend(Measuring):
 
     def step(self, call: Call) -> Outcome:
         outcome = self.compiled.step(*call)  # in the order of its fields
-        if outcome <= Outcome.REBIND:
+        if outcome <= Outcome.MISSING:
             return Outcome(outcome)
         # Something is unusual: look closer, and raise, rebind, or go on with what was copied.
         gradients = self.reader.read(call)

@@ -48,7 +48,7 @@ class GradientReader:
         ):
             if gradient is None:
                 if want and had and not walked:
-                    return Outcome.REBIND
+                    return Outcome.MISSING
             elif gradient.numel() * (2 if gradient.is_complex() else 1) != slot.numel:
                 if not walked:
                     return Outcome.REBIND

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from torch import nn
@@ -52,6 +53,32 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
                 continue
             seen.add(id(parameter))
             yield f"{clean[path]}.{name}" if clean[path] else name, parameter
+
+
+class Skeleton:
+    """The modules and parameters that a model consists of, without keeping any of them alive.
+
+    It is compared far faster than a model is walked. Parameters have to be kept alive by others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [weakref.ref(module) for module in model.modules()]
+        self._parts = self._look()
+
+    def stands(self) -> bool:
+        """Whether every module still has the same children and parameters."""
+        return self._look() == self._parts
+
+    def _look(self) -> list[int] | None:
+        """Ids, which name the same objects again for as long as these live."""
+        parts: list[int] = []
+        for reference in self._modules:
+            module = reference()
+            if module is None:
+                return None
+            parts += map(id, module._modules.values())
+            parts += map(id, module._parameters.values())
+        return parts
 
 
 def find_layers(
