@@ -314,7 +314,7 @@ def test_the_table_of_state_sizes_is_that_of_the_models() -> None:
     pytest.importorskip("torchvision")
     from bench import state_size
 
-    page = (Path(__file__).parent.parent / "docs" / "how-it-works.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text()
     assert state_size.page_with_table(page) == page
     shares = [float(row[-1].rstrip("%")) for row in state_size.rows()]
     assert shares[0] < 1 < 10 < shares[-1]
