@@ -189,7 +189,7 @@ void Stepper::release() {
 
 Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf, bool unscale,
-                   const std::optional<py::bytes>& only, bool walked) {
+                   const std::optional<py::bytes>& only, bool walked, Turn turn) {
   const char* mask = only ? PyBytes_AS_STRING(only->ptr()) : nullptr;
   TORCH_CHECK(!only || PyBytes_GET_SIZE(only->ptr()) == static_cast<int64_t>(parameters_.size()),
               "`only` needs one byte for each parameter");
@@ -200,12 +200,12 @@ Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
   }
   for (size_t i = 0; i < parameters_.size(); ++i)
     if (!mask || mask[i]) had_gradient_[i] = gradients_[i].defined();
-  return run(grad_scale, found_inf, unscale, std::nullopt);
+  return run(grad_scale, found_inf, unscale, turn, std::nullopt);
 }
 
 Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                              const std::optional<at::Tensor>& grad_scale,
-                             const std::optional<at::Tensor>& found_inf, bool unscale,
+                             const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                              const std::optional<at::Tensor>& sums) {
   TORCH_CHECK_VALUE(gradients.size() == parameters_.size(),
                     "one gradient or None for each parameter");
@@ -218,11 +218,11 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
                 "gradient ", i, " is not flat, dense and real");
     if (gradients[i]) had_gradient_[i] = 1;
   }
-  return run(grad_scale, found_inf, unscale, sums);
+  return run(grad_scale, found_inf, unscale, turn, sums);
 }
 
 Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
-                  const std::optional<at::Tensor>& found_inf, bool unscale,
+                  const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                   const std::optional<at::Tensor>& sums) {
   struct Release {
     Stepper& stepper;
@@ -232,7 +232,7 @@ Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
     py::gil_scoped_release unlocked;
     engine_->step({addresses_.data(), dtypes_.data(),
                    grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
-                   found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale,
+                   found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale, turn,
                    written_.data(),
                    sums ? reinterpret_cast<Sums*>(sums->mutable_data_ptr<double>()) : nullptr});
   }

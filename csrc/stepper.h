@@ -32,13 +32,13 @@ class __attribute__((visibility("hidden"))) Stepper {
   // for a walk of the model.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
-               const std::optional<py::bytes>& only, bool walked);
+               const std::optional<py::bytes>& only, bool walked, Turn turn);
 
   // The same with flat dense gradients given, one for each parameter. `sums`, fp64
   // [layers + 1, 8]: StepInputs.sums.
   Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                          const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf, bool unscale,
+                         const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                          const std::optional<at::Tensor>& sums);
 
   void stress(const Stress& stress) { engine_->stress(stress); }
@@ -48,7 +48,7 @@ class __attribute__((visibility("hidden"))) Stepper {
   // False: not a gradient that the engine can take as it is.
   bool take(size_t index, const at::Tensor& gradient);
   Outcome run(const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, bool unscale,
+              const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
               const std::optional<at::Tensor>& sums);
   void release();
 

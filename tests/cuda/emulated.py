@@ -128,6 +128,8 @@ class EmulatedBackend(Measuring):
             pointer(call.grad_scale),
             pointer(call.found_inf),
             int(call.unscale),
+            int(call.begins_round),
+            int(call.decides),
             pointer(sums),
             self.capacity,
             self.blocks,

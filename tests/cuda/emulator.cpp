@@ -188,7 +188,8 @@ void emulated_delete(void* engine) { delete static_cast<Emulated*>(engine); }
 
 // Returns the number of launches, or -1 if a ticket is left over.
 int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
-                  const float* grad_scale, float* found_inf, int unscale, Sums* sums,
+                  const float* grad_scale, float* found_inf, int unscale, int begins_round,
+                  int decides, Sums* sums,
                   int capacity, int blocks, int cooperative, uint32_t seed) {
   auto& e = *static_cast<Emulated*>(engine);
   emulator::random_order.seed(seed);
@@ -202,6 +203,7 @@ int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
   a.grad_scale = grad_scale;
   a.found_inf = found_inf;
   a.unscale = unscale && grad_scale;
+  a.turn = {begins_round != 0, decides != 0};
   a.measure_only = sums != nullptr;
   a.work.layers = sums ? sums : e.layers.data();
   a.write_in_first_phase = !two_phases;
