@@ -23,6 +23,7 @@ struct StepInputs {
   const float* grad_scale;  // null: 1
   float* found_inf;         // null: not asked for
   bool unscale;
+  Turn turn;
   uint8_t* written;         // out, one per tensor: the gradient may have been written
   // Not null: the step ends with these sums, one for each layer and one for the excluded
   // tensors, which may be left as it is. Gradients are multiplied if that needs no sums, and

@@ -154,19 +154,19 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
 }
 
 // One step at a time: another thread may come in while the engine runs without Python's lock.
-class Stepper::Turn {
+class Stepper::Exclusive {
  public:
-  explicit Turn(Stepper& stepper) : stepper_(stepper) {
+  explicit Exclusive(Stepper& stepper) : stepper_(stepper) {
     TORCH_CHECK(!stepper_.stepping_.exchange(true),
                 "gradamp_fast: another thread is in a step of this Amplifier: step it from one "
                 "thread at a time");
   }
-  ~Turn() {
+  ~Exclusive() {
     stepper_.release();
     stepper_.stepping_ = false;
   }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
+  Exclusive(const Exclusive&) = delete;
+  Exclusive& operator=(const Exclusive&) = delete;
 
  private:
   Stepper& stepper_;
@@ -224,8 +224,8 @@ void Stepper::release() {
 
 Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf, bool unscale,
-                   const std::optional<py::bytes>& only, bool walked) {
-  const Turn turn(*this);
+                   const std::optional<py::bytes>& only, bool walked, Turn turn) {
+  const Exclusive exclusive(*this);
   const char* mask = only ? PyBytes_AS_STRING(only->ptr()) : nullptr;
   TORCH_CHECK(!only || PyBytes_GET_SIZE(only->ptr()) == static_cast<int64_t>(parameters_.size()),
               "`only` needs one byte for each parameter");
@@ -233,14 +233,14 @@ Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
   if (outcome != Outcome::kDone) return outcome;
   for (size_t i = 0; i < parameters_.size(); ++i)
     if (!mask || mask[i]) had_gradient_[i] = gradients_[i].defined();
-  return run(grad_scale, found_inf, unscale, std::nullopt);
+  return run(grad_scale, found_inf, unscale, turn, std::nullopt);
 }
 
 Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                              const std::optional<at::Tensor>& grad_scale,
-                             const std::optional<at::Tensor>& found_inf, bool unscale,
+                             const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                              const std::optional<at::Tensor>& sums) {
-  const Turn turn(*this);
+  const Exclusive exclusive(*this);
   TORCH_CHECK_VALUE(gradients.size() == parameters_.size(),
                     "one gradient or None for each parameter");
   TORCH_CHECK_VALUE(!sums || (sums->scalar_type() == at::kDouble && sums->is_contiguous() &&
@@ -252,17 +252,17 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
                 "gradient ", i, " is not flat, dense and real");
     if (gradients[i]) had_gradient_[i] = 1;
   }
-  return run(grad_scale, found_inf, unscale, sums);
+  return run(grad_scale, found_inf, unscale, turn, sums);
 }
 
 Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
-                  const std::optional<at::Tensor>& found_inf, bool unscale,
+                  const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                   const std::optional<at::Tensor>& sums) {
   {
     py::gil_scoped_release unlocked;
     engine_->step({addresses_.data(), dtypes_.data(),
                    grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
-                   found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale,
+                   found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale, turn,
                    written_.data(),
                    sums ? reinterpret_cast<Sums*>(sums->mutable_data_ptr<double>()) : nullptr});
   }

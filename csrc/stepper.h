@@ -33,13 +33,13 @@ class __attribute__((visibility("hidden"))) Stepper {
   // kMissing.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
-               const std::optional<py::bytes>& only, bool walked);
+               const std::optional<py::bytes>& only, bool walked, Turn turn);
 
   // The same with flat dense gradients given, one for each parameter. `sums`, fp64
   // [layers + 1, 8]: StepInputs.sums.
   Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                          const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf, bool unscale,
+                         const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                          const std::optional<at::Tensor>& sums);
 
   // Whatever is done next on the current stream sees the state as the last step left it.
@@ -50,12 +50,12 @@ class __attribute__((visibility("hidden"))) Stepper {
   void stress(const Stress& stress) { engine_->stress(stress); }
 
  private:
-  class Turn;
+  class Exclusive;
   Outcome collect(const char* only, bool walked);
   // False: not a gradient that the engine can take as it is.
   bool take(size_t index, const at::Tensor& gradient);
   Outcome run(const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, bool unscale,
+              const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
               const std::optional<at::Tensor>& sums);
   // Whether two gradients share memory. Looked at only when addresses are not those of before.
   bool overlap();

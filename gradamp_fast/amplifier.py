@@ -137,7 +137,7 @@ class Amplifier:
         self.bound.epoch = int(epoch)
         state.scalar("epoch").fill_(self.bound.epoch)
         if rules.refresh == 0:
-            reference.decide(state, rules, state.scalar("epoch"))
+            reference.decide(state, rules, state.scalar("epoch"), state.scalar("step"))
             if rules.decay == 1:
                 state.restart()
         self.bound.written()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from . import backends
 from .call import Call, Outcome
-from .model.gradients import nonfinite_layers, state_device
+from .model.gradients import GradientReader, state_device
 from .model.optimizers import Holding
 from .model.plan import Plan
 from .model.walk import Skeleton, find_layers, unwrap
 from .options import Options
+from .reference import nonfinite_layers
 from .reference.state import State
 
 _OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
@@ -110,8 +111,7 @@ class BoundModel:
             mask = holding.only
         if mask is not None:
             call = call._replace(only=mask(self.plan))
-        if self._options.error_if_nonfinite:
-            self._raise_if_nonfinite(backend, call)
+        self._raise_if_nonfinite(backend, call)
         outcome = backend.step(call)
         if outcome is not Outcome.DONE:
             outcome = self._step_again(outcome, call, mask)
@@ -128,7 +128,9 @@ class BoundModel:
         elif outcome is Outcome.REBIND or not self._warned_empty:
             self.look_again()
         only = None if mask is None else mask(self.plan)
-        outcome = self.prepare().step(call._replace(only=only, walked=True))
+        call, backend = call._replace(only=only, walked=True), self.prepare()
+        self._raise_if_nonfinite(backend, call)
+        outcome = backend.step(call)
         if outcome is not Outcome.EMPTY:
             return outcome
         self._unlooked = _LOOK_EVERY
@@ -163,10 +165,16 @@ class BoundModel:
             raise ValueError(f"{name} is on {value.device}, the gradients are on {self.device}")
 
     def _raise_if_nonfinite(self, backend: backends.Stepping, call: Call) -> None:
-        if call.found_inf is not None and call.found_inf.item() != 0:
+        if not self._options.error_if_nonfinite or (
+            call.found_inf is not None and call.found_inf.item() != 0
+        ):
             return
-        layers = backend.found_anywhere(nonfinite_layers(self.plan, call.only))
-        if layers:
+        gradients = GradientReader(self.plan, self.device).read(call)
+        layers: Sequence[int] = ()  # none where the step looks at the model first
+        if not isinstance(gradients, Outcome):
+            state = self.settled_state()
+            layers = nonfinite_layers(self.plan, state, self.rules, gradients, call)
+        if layers := backend.found_anywhere(layers):
             names = dict.fromkeys(self.plan.layers[layer] for layer in layers)
             raise RuntimeError(
                 f"non-finite gradients in layer(s) {', '.join(map(repr, names))}; nothing was "

@@ -19,6 +19,9 @@ class Call(NamedTuple):
         only: a byte for each slot of the plan, 0 for one that is left out; None leaves none out.
         walked: whether the model is known to be as it is bound, so that a gradient that went
             missing is no news.
+        begins_round: whether this is the first call of its round. A step is a round of calls, one
+            for each optimizer that is attached.
+        decides: whether a decision that is due in this round is taken in this call.
     """
 
     grad_scale: Tensor | None = None
@@ -26,6 +29,8 @@ class Call(NamedTuple):
     unscale: bool = True
     only: bytes | None = None
     walked: bool = False
+    begins_round: bool = True
+    decides: bool = True
 
 
 class Outcome(enum.IntEnum):

@@ -9,5 +9,5 @@ from gradamp_fast.backends.triton.decide import decide
 
 
 @triton.jit
-def decide_kernel(values, config, scores, layers, decision):
-    decide(values, config, scores, layers, decision)
+def decide_kernel(values, config, scores, layers, decision, step):
+    decide(values, config, scores, layers, decision, step)

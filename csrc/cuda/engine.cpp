@@ -106,6 +106,7 @@ class CudaEngine final : public Engine {
     args_.grad_scale = in.grad_scale;
     args_.found_inf = in.found_inf;
     args_.unscale = unscale;
+    args_.turn = in.turn;
     args_.measure_only = in.sums != nullptr;
     args_.work.layers = in.sums ? in.sums : layer_sums_;
     if (stress_.poison) poison(stream);

@@ -9,6 +9,8 @@
 
 namespace gradamp {
 
+GRADAMP_HD bool needs_norm(const Config& c) { return c.match_norm || c.max_norm > 0.0; }
+
 struct SerialGroup {
   int rank() const { return 0; }
   int size() const { return 1; }
@@ -17,7 +19,33 @@ struct SerialGroup {
   void barrier() const {}
 };
 
+// ---- rounds --------------------------------------------------------------------------
+
+// The number of the step under way, from 0, before its first call or its last is committed.
+GRADAMP_HD double step_number(const GlobalState& g, const Turn& turn) {
+  return turn.begins_round ? g.step : g.step - 1.0;
+}
+
+GRADAMP_HD void begin_round(GlobalState& g, const Turn& turn) {
+  if (turn.begins_round) g.step += 1.0, g.round_skipped = 0.0;
+}
+
+// What a call leaves behind that is skipped: the round is, once.
+GRADAMP_HD void skip_call(const Config& c, GlobalState& g, const Turn& turn) {
+  begin_round(g, turn);
+  if (g.round_skipped == 0.0) g.skipped_steps += 1.0;
+  g.round_skipped = 1.0;
+  if (needs_norm(c)) g.total_norm = NAN;
+}
+
 // ---- state update -------------------------------------------------------------------
+
+// Whether all members of a layer have a gradient in this step: by their elements, which are whole
+// numbers even where they were added up of parts.
+GRADAMP_HD bool is_measured(const LayerState& s, const Sums& x) {
+  const double count = x.moments.count;
+  return count != 0.0 && (s.member_numel == 0.0 || fabs(count - s.member_numel) < 0.5);
+}
 
 // Weight of the coming step in every running mean of the layer.
 GRADAMP_HD double next_weight(const LayerState& s, double decay) {
@@ -38,6 +66,7 @@ GRADAMP_HD void update_layer(LayerState& s, const Sums& x, double decay) {
   s.noise = keep * keep * s.noise + weight * weight * x.sketch.power;
   s.weight_sum = 1.0 + decay * s.weight_sum;
   s.steps += 1.0;
+  if (s.member_numel == 0.0) s.member_numel = x.moments.count;
 }
 
 // ---- score and threshold ------------------------------------------------------------
@@ -116,11 +145,11 @@ GRADAMP_HD double threshold(const Config& c, const double* scores, int64_t layer
   return c.select == Select::kBelow ? mean - spread : mean + spread;
 }
 
-// Chooses anew which layers are amplified. `scores` is scratch for `layers` doubles;
-// decisions are numbered so that each draws anew.
+// Chooses anew which layers are amplified, in step `step`. `scores` is scratch for `layers`
+// doubles; decisions are numbered so that each draws anew.
 template <class Group>
 GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int64_t layers,
-                       int64_t decision, double* scores, Group& group) {
+                       int64_t decision, double step, double* scores, Group& group) {
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     const double x = c.measure == Measure::kRandom ? drawn(c.seed, decision, l)
                                                    : score(states[l], c.measure);
@@ -130,7 +159,7 @@ GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int6
   const double tau = threshold(c, scores, layers, group);
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     const double chosen = c.select == Select::kBelow ? scores[l] < tau : scores[l] > tau;
-    if (chosen != states[l].selected) states[l].changed_at = g.step;
+    if (chosen != states[l].selected) states[l].changed_at = step;
     states[l].selected = chosen;
   }
   if (group.rank() == 0) g.threshold = tau;
@@ -138,10 +167,16 @@ GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int6
 
 // ---- schedule and multiplier --------------------------------------------------------
 
+// What gradients are multiplied by before they count: rounded once to fp32, as torch's
+// GradScaler does.
+GRADAMP_HD double inverse_scale(const float* grad_scale) {
+  return grad_scale ? static_cast<float>(1.0 / static_cast<double>(*grad_scale)) : 1.0;
+}
+
 // What selected layers are multiplied by on this step: 1 outside all windows.
-GRADAMP_HD double active_factor(const Config& c, const GlobalState& g) {
+GRADAMP_HD double active_factor(const Config& c, const GlobalState& g, const Turn& turn) {
   if (c.schedule == ScheduleUnit::kAlways) return g.factor;
-  const double now = c.schedule == ScheduleUnit::kEpoch ? g.epoch : g.step;
+  const double now = c.schedule == ScheduleUnit::kEpoch ? g.epoch : step_number(g, turn);
   for (int32_t i = 0; i < c.num_windows; ++i) {
     const Window& w = c.windows[i];
     if (w.start <= now && now < w.stop) return is_finite(w.factor) ? w.factor : g.factor;
@@ -159,8 +194,6 @@ GRADAMP_HD double as_applied(double multiplier, DType dtype) {
                                   : static_cast<double>(static_cast<float>(multiplier));
 }
 
-GRADAMP_HD bool needs_norm(const Config& c) { return c.match_norm || c.max_norm > 0.0; }
-
 // What every gradient is multiplied by on top, from the sums of squares before and
 // after amplification. A NaN norm gives NaN, as torch.nn.utils.clip_grad_norm_ does.
 GRADAMP_HD double norm_coefficient(const Config& c, double before, double after) {
@@ -177,34 +210,37 @@ struct Scratch {
   double* amplified;  // what the layer's gradients are multiplied by in this step
 };
 
-// Folds one step's sums into the state; returns false, and counts a skipped step, if a
-// layer's sums are not finite. `factor` is active_factor() at the start of the step.
-// sums[l].moments.count == 0 marks a layer without gradient.
+// Folds one call's sums into the state; returns false, and skips it, if a layer's sums are not
+// finite. `factor` is active_factor() at the start of the call. sums[l].moments.count == 0 marks
+// a layer without gradient; one that lacks some of its members' only passes by.
 template <class Group>
 GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, const Sums* sums,
-                       int64_t layers, const Scratch& scratch, double factor, Group& group) {
+                       int64_t layers, const Scratch& scratch, double factor, const Turn& turn,
+                       Group& group) {
   int64_t bad = 0;
   for (int64_t l = group.rank(); l < layers; l += group.size())
     bad += sums[l].moments.count != 0.0 && !is_finite(sums[l]);
   if (group.sum(bad) != 0) {
-    if (group.rank() == 0) g.step += 1.0, g.skipped_steps += 1.0;
+    if (group.rank() == 0) skip_call(c, g, turn);
     return false;
   }
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     scratch.amplified[l] = amplification(states[l], factor);
-    if (sums[l].moments.count != 0.0) update_layer(states[l], sums[l], c.decay);
+    if (is_measured(states[l], sums[l])) update_layer(states[l], sums[l], c.decay);
   }
   group.barrier();
-  const int64_t counted = static_cast<int64_t>(g.step - g.skipped_steps) + 1;
-  if (c.refresh > 0 && counted % c.refresh == 0)
-    decide(c, g, states, layers, counted / c.refresh, scratch.scores, group);
+  const double step = step_number(g, turn);
+  const bool skipped = !turn.begins_round && g.round_skipped != 0.0;
+  const int64_t counted = static_cast<int64_t>(step - g.skipped_steps) + 1;
+  if (turn.decides && !skipped && c.refresh > 0 && counted % c.refresh == 0)
+    decide(c, g, states, layers, counted / c.refresh, step, scratch.scores, group);
   group.barrier();
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     if (c.exact) scratch.amplified[l] = amplification(states[l], factor);
-    if (sums[l].moments.count != 0.0 && scratch.amplified[l] != 1.0)
+    if (is_measured(states[l], sums[l]) && scratch.amplified[l] != 1.0)
       states[l].amplified_steps += 1.0;
   }
-  if (group.rank() == 0) g.step += 1.0;
+  if (group.rank() == 0) begin_round(g, turn);
   return true;
 }
 

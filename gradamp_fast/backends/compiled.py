@@ -66,7 +66,10 @@ class CompiledBackend(Measuring):
     def _step_gradients(
         self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None
     ) -> None:
-        self.compiled.step_gradients(gradients, call.grad_scale, call.found_inf, call.unscale, sums)
+        self.compiled.step_gradients(
+            gradients, call.grad_scale, call.found_inf, call.unscale, call.begins_round,
+            call.decides, sums,
+        )  # fmt: skip
 
 
 class CpuBackend(CompiledBackend):

@@ -79,7 +79,8 @@ class ShardedBackend(Stepping):
             measured = reference.touched(self.plan, gradients)
 
             def commit() -> None:
-                counted = reference.commit(state, rules, added_up()[0], measured, before)
+                sums = added_up()[0]
+                counted = reference.commit(self.plan, state, rules, sums, measured, before, call)
                 reference.mark_found_inf(call.found_inf, counted)
 
             self._pending = commit

@@ -91,23 +91,6 @@ class GradientReader:
         self._copies.clear()
 
 
-def nonfinite_layers(plan: Plan, only: bytes | None) -> list[int]:
-    """The layers that have a NaN or an infinity in a gradient here. Synchronises."""
-    return [
-        slot.layer
-        for index, slot in enumerate(plan.slots[: plan.measured])
-        if (only is None or only[index]) and not _is_finite(slot)
-    ]
-
-
-def _is_finite(slot: Slot) -> bool:
-    gradient = slot.parameter.grad if slot.parameter.requires_grad else None
-    if gradient is None or gradient.layout != torch.strided:
-        return True
-    here = local(gradient) if is_dtensor(gradient) else gradient
-    return bool(torch.isfinite(here).all())
-
-
 def state_device(plan: Plan) -> torch.device:
     """Where the gradients are, or, before there are any, the parameters; the CPU for meta."""
     tensors: list[Tensor] = [slot.parameter for slot in plan.slots]

@@ -16,6 +16,7 @@ from .decide import (
     commit,
     decide,
     draws,
+    end_round,
     last_decision,
     scores,
     step_number,
@@ -29,6 +30,8 @@ from .step import (
     mark_found_inf,
     measure,
     multiply,
+    nonfinite_layers,
+    product,
     standing,
     step,
     touched,
@@ -36,7 +39,7 @@ from .step import (
 
 __all__ = [
     "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "Standing", "State", "Sums", "active_factor",
-    "bucket_sums", "chosen_scores", "commit", "decide", "draws", "excluded_squares", "finish",
-    "last_decision", "mark_found_inf", "measure", "merge", "moments_of", "multiply", "scores",
-    "signs", "standing", "step", "step_number", "touched",
+    "bucket_sums", "chosen_scores", "commit", "decide", "draws", "end_round", "excluded_squares",
+    "finish", "last_decision", "mark_found_inf", "measure", "merge", "moments_of", "multiply",
+    "nonfinite_layers", "product", "scores", "signs", "standing", "step", "step_number", "touched",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ GLOBAL_FIELDS = (
     "total_norm",  # before clipping
     "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
     "unmeasured_skipped",  # of these
+    "round_skipped",  # 1: a call of the round under way, or of the last one, was skipped
 )
 LAYER_FIELDS = (
     "steps",  # k
@@ -38,6 +39,7 @@ LAYER_FIELDS = (
     "selected",  # 0 or 1: the standing selection
     "amplified_steps",  # counted steps on which the layer was multiplied
     "changed_at",  # step number at which "selected" last changed
+    "member_numel",  # elements of its members; 0: those of the first step that is measured
 )
 # A kernel is told a value by its place here.
 ENUMS: dict[str, tuple[str, ...]] = {

@@ -161,6 +161,8 @@ class EmulatedBackend(Measuring):
             pointer(call.grad_scale),
             pointer(call.found_inf),
             int(call.unscale),
+            int(call.begins_round),
+            int(call.decides),
             pointer(sums),
             written,
             self.blocks,

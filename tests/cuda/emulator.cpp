@@ -131,14 +131,15 @@ void emulated_delete(void* engine) { delete static_cast<Engine*>(engine); }
 const char* emulated_problem() { return problem.c_str(); }
 
 int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
-                  const float* grad_scale, float* found_inf, int unscale, Sums* sums,
-                  uint8_t* written, int blocks, int cooperative, uint32_t random) {
+                  const float* grad_scale, float* found_inf, int unscale, int begins_round,
+                  int decides, Sums* sums, uint8_t* written, int blocks, int cooperative,
+                  uint32_t random) {
   Engine& e = *static_cast<Engine*>(engine);
   seed = random;
   return succeeds([&] {
     e.stress({blocks, random, cooperative != 0, true});
     e.step({gradients, reinterpret_cast<const DType*>(dtypes), grad_scale, found_inf, unscale != 0,
-            written, sums});
+            {begins_round != 0, decides != 0}, written, sums});
   });
 }
 

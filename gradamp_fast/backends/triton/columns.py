@@ -20,14 +20,14 @@ def _places(names: tuple[str, ...], wanted: str) -> tuple[tl.constexpr, ...]:
 # ---- the state --------------------------------------------------------------------------
 
 GLOBALS, FIELDS = tl.constexpr(len(GLOBAL_FIELDS)), tl.constexpr(len(LAYER_FIELDS))
-STEP, SKIPPED_STEPS, EPOCH, THRESHOLD, FACTOR, TOTAL_NORM = _places(
-    GLOBAL_FIELDS, "step skipped_steps epoch threshold factor total_norm"
+STEP, SKIPPED_STEPS, EPOCH, THRESHOLD, FACTOR, TOTAL_NORM, ROUND_SKIPPED = _places(
+    GLOBAL_FIELDS, "step skipped_steps epoch threshold factor total_norm round_skipped"
 )
 STEPS, WEIGHT_SUM, VARIANCE, POWER, MEAN_POWER, NOISE = _places(
     LAYER_FIELDS, "steps weight_sum variance power mean_power noise"
 )
-AGREEMENT, SELECTED, AMPLIFIED_STEPS, CHANGED_AT = _places(
-    LAYER_FIELDS, "agreement selected amplified_steps changed_at"
+AGREEMENT, SELECTED, AMPLIFIED_STEPS, CHANGED_AT, MEMBER_NUMEL = _places(
+    LAYER_FIELDS, "agreement selected amplified_steps changed_at member_numel"
 )
 
 # ---- options as numbers -----------------------------------------------------------------
