@@ -106,8 +106,8 @@ class CudaEngine final : public Engine {
                 "gradamp_fast: nothing can be allocated while a CUDA graph is captured: call "
                 "amplifier.prepare() or make one step before the capture");
     check(inspect(hardware_), "loading the kernels");
-    cut(hardware_.large_table ? kLargeTable : kSmallTable);
     fill(config, state);
+    cut(hardware_.large_table ? kLargeTable : kSmallTable);
     check(cudaEventCreateWithFlags(&moved_, cudaEventDisableTiming), "creating an event");
     check(cudaStreamSynchronize(stream), "uploading the tables");
   }
@@ -156,20 +156,21 @@ class CudaEngine final : public Engine {
 
  private:
   void cut(int capacity) {
-    measured_ = make_chunks(layout_, layout_.measured, capacity);
-    all_ = make_chunks(layout_, layout_.num_tensors(), capacity);
+    measured_ = make_chunks(first_tile_, layout_.measured, capacity);
+    all_ = make_chunks(first_tile_, layout_.num_tensors(), capacity);
   }
 
   void fill(const Config& config, const StateView& state) {
-    const HostTables tables = make_tables(layout_);
+    HostTables tables = make_tables(layout_);
     const auto layers = static_cast<size_t>(layout_.num_layers);
-    const size_t tensor_info = arena_.put(layout_.tensors);
-    const size_t tile_tensor = arena_.put(tables.tile_tensor);
-    const size_t layer_tiles = arena_.put(tables.layers);
+    const size_t tiles = arena_.put(tables.tiles);
+    const size_t first_tile = arena_.put(tables.first_tile);
+    const size_t layer_groups = arena_.put(tables.layers);
     const size_t windows =
         arena_.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
-    const size_t tickets = arena_.reserve<uint32_t>(tables.groups + layers + 2);
-    work_begin_ = arena_.reserve<TileSums>(layout_.num_tiles);
+    const size_t tickets = arena_.reserve<uint32_t>(tables.groups);
+    const size_t block_ticket = arena_.reserve<uint32_t>(1);
+    work_begin_ = arena_.reserve<TileSums>(tables.tiles.size());
     const size_t groups = arena_.reserve<TileSums>(tables.groups);
     const size_t layer_sums = arena_.reserve<LayerSums>(layers + 1);
     const size_t scores = arena_.reserve<double>(layers);
@@ -180,17 +181,16 @@ class CudaEngine final : public Engine {
     args_.config = config;
     args_.config.windows = arena_.at<Window>(windows);
     args_.state = state;
-    args_.tables = {arena_.at<TensorInfo>(tensor_info), arena_.at<int32_t>(tile_tensor),
-                    arena_.at<LayerTiles>(layer_tiles)};
-    uint32_t* const ticket = arena_.at<uint32_t>(tickets);
+    args_.tables = {arena_.at<Tile>(tiles), arena_.at<int32_t>(first_tile),
+                    arena_.at<LayerGroups>(layer_groups)};
     args_.work = {arena_.at<TileSums>(work_begin_),
                   arena_.at<TileSums>(groups),
                   arena_.at<LayerSums>(layer_sums),
                   {arena_.at<double>(scores), arena_.at<double>(amplified)},
                   arena_.at<Verdict>(verdict),
-                  ticket,
-                  ticket + tables.groups,
-                  ticket + tables.groups + layers + 1};
+                  arena_.at<uint32_t>(tickets),
+                  arena_.at<uint32_t>(block_ticket)};
+    first_tile_ = std::move(tables.first_tile);
     layer_sums_ = args_.work.layers;
     args_.num_layers = static_cast<int32_t>(layers);
     args_.measured = static_cast<int32_t>(layout_.measured);
@@ -245,7 +245,7 @@ class CudaEngine final : public Engine {
     args_.last_launch = i + 1 == chunks.size();
     const int tiles = chunk.tile_end - chunk.tile_begin;
     const int fitting = hardware_.blocks_per_processor * hardware_.processors;
-    const int useful = std::max(tiles / kWarps + (tiles % kWarps != 0), 1);
+    const int useful = std::max(tiles, 1);  // each on a processor of its own as far as they go
     const int blocks = std::min(stress_.blocks ? stress_.blocks : useful, fitting);
     return launch(args_, tagged_.data() + chunk.tensor_begin,
                   chunk.tensor_end - chunk.tensor_begin, phases, blocks, hardware_, stream);
@@ -254,6 +254,7 @@ class CudaEngine final : public Engine {
   Layout layout_;
   at::Device device_;
   Device hardware_ = {};
+  std::vector<int32_t> first_tile_;    // of each tensor
   std::vector<Chunk> measured_, all_;  // launches of a step without and with excluded tensors
   Arena arena_;
   size_t work_begin_ = 0;  // of the arena's part that every step writes before it reads

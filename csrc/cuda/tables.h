@@ -9,31 +9,51 @@
 
 namespace gradamp::cuda {
 
-// A warp works on one tile at a time; 16 KB of fp32.
-constexpr int64_t kTileElements = 4096;
-// Tiles of one layer whose sums are merged before the layer's are.
-constexpr int kGroupTiles = 32;
+// A warp works on one tile at a time. How long those of a tensor are follows from its size
+// alone, since sums are taken by tile. In short tensors every element is a bucket of the
+// sketch, which costs most: many warps share them. Long ones spread a tile's own cost.
+constexpr int64_t kTileElements = 16384;  // of the longest
+constexpr int64_t tile_elements(int64_t numel) {
+  return numel < 4096 ? 512 : numel < (1 << 20) ? 4096 : numel < (8 << 20) ? 8192 : kTileElements;
+}
+
+// A layer's tiles are merged in groups first, of four tiles a lane, or in so many groups.
+constexpr int kMinGroupTiles = 128;
+constexpr int kMaxGroups = 32;
 
 // Addresses travel by value in the kernel's parameters, whose limit is 4 KB, or 32,764
 // bytes from driver 530 (CUDA 12.1) on. More tensors take more launches.
 constexpr int kSmallTable = 448;
 constexpr int kLargeTable = 4000;
 
-// Where a layer's tiles and groups of tiles lie; the last entry is that of the excluded tensors.
-struct LayerTiles {
-  int32_t first_tile;
-  int32_t tiles;
-  int32_t first_group;
-  int32_t groups;
+// All that is known of a tile before a step, in three vectors of 16 bytes.
+struct alignas(16) Tile {
+  int64_t first;         // its first element in the tensor
+  int64_t first_bucket;  // in a row of the sketch
+  int32_t count;         // of elements
+  int32_t tensor;
+  int32_t layer;         // num_layers: excluded
+  uint32_t first_word;   // of signs: the first element's index in the whole tensor / 32
+  int32_t bucket_log2;
+  int32_t group;
+  int32_t group_begin;   // the first tile of the group
+  int32_t group_tiles;
+};
+static_assert(sizeof(Tile) == 48);
+
+struct LayerGroups {
+  int32_t begin;
+  int32_t count;  // at most kMaxGroups
 };
 
 struct HostTables {
-  std::vector<int32_t> tile_tensor;
-  std::vector<LayerTiles> layers;  // [num_layers + 1]
+  std::vector<Tile> tiles;
+  std::vector<int32_t> first_tile;  // [tensors + 1]: the last is the number of tiles
+  std::vector<LayerGroups> layers;  // [num_layers + 1]; the last entry is that of the excluded
   int32_t groups;
 };
 
-// Throws std::length_error for more tiles than 32 bits count: 8.8e12 elements.
+// Throws std::length_error for more tiles than 32 bits count.
 HostTables make_tables(const Layout& layout);
 
 // Tensors and tiles of one launch.
@@ -42,8 +62,9 @@ struct Chunk {
   int32_t tile_begin, tile_end;
 };
 
-// Tensors [0, tensors) in as few launches as tables of `capacity` addresses allow. Never
+// Tensors [0, tensors), whose first tiles make_tables() tells, in as few launches as tables of `capacity` addresses allow. Never
 // none: a step without tiles is a step, and the launch that counts it must be made.
-std::vector<Chunk> make_chunks(const Layout& layout, int64_t tensors, int capacity);
+std::vector<Chunk> make_chunks(const std::vector<int32_t>& first_tile, int64_t tensors,
+                               int capacity);
 
 }  // namespace gradamp::cuda

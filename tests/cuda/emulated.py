@@ -26,13 +26,11 @@ ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed")
 
 # Assembly, and shared memory whose size the launch says, in what the host's compiler takes.
 REPLACED = (
-    (r'asm volatile\("mov.u32 %0, %%laneid;"[^;]*;', "lane = threadIdx.x % 32;"),
-    (r'asm volatile\("mov.u32 %0, %%tid.x;"[^;]*;', "thread = threadIdx.x;"),
-    (r'asm volatile\("atom.acq_rel.gpu.global.inc.u32[^;]*;"[^;]*;',
+    (r'asm\("mov.u32 %0, %%laneid;"[^;]*;', "lane = threadIdx.x % 32;"),
+    (r'asm volatile\("atom.release.gpu.global.inc.u32[^;]*;"[^;]*;',
      "old = emulator::increment(ticket, count - 1);"),
-    (r'asm volatile\("prefetch.L2 [^;]*;"[^;]*;', "static_cast<void>(p);"),
-    (r"extern __shared__ uint4 kept_tiles\[\];",
-     "static uint4 kept_tiles[kWarps * kKeptVectors];"),
+    (r'asm volatile\("fence.acq_rel.gpu;"[^;]*;', ""),
+    (r"extern __shared__ BlockMemory memory\[\];", "static BlockMemory memory[1];"),
 )  # fmt: skip
 
 

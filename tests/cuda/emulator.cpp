@@ -39,6 +39,7 @@ void run_block(void (*kernel)()) {
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
     fiber.context.uc_link = &scheduler;
+    groups[i].clear();
     makecontext(&fiber.context, [] { body(); }, 0);
     runnable.push_back(i);
   }
@@ -85,7 +86,7 @@ template <int kCapacity>
 void call() {
   step_kernel<kCapacity>(*static_cast<StepArgs*>(arguments[0]),
                          *static_cast<AddressTable<kCapacity>*>(arguments[1]),
-                         *static_cast<int*>(arguments[2]), *static_cast<int*>(arguments[3]));
+                         *static_cast<int*>(arguments[2]));
 }
 
 }  // namespace
@@ -161,23 +162,22 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
   for (int i = 0; i < c.num_windows; ++i)
     e->windows.push_back({windows[3 * i], windows[3 * i + 1], windows[3 * i + 2]});
   c.windows = e->windows.data();
-  e->tiles.resize(e->layout.num_tiles);
+  e->tiles.resize(e->tables.tiles.size());
   e->groups.resize(e->tables.groups);
   e->layers.resize(layers + 1);
   e->scores.resize(layers);
   e->amplified.resize(layers);
-  e->tickets.resize(e->tables.groups + layers + 2);
+  e->tickets.resize(e->tables.groups + 1);
   e->args.state = {reinterpret_cast<GlobalState*>(values),
                    reinterpret_cast<LayerState*>(values + kGlobalFields), sketch, buckets, parity};
-  e->args.tables = {e->layout.tensors.data(), e->tables.tile_tensor.data(), e->tables.layers.data()};
+  e->args.tables = {e->tables.tiles.data(), e->tables.first_tile.data(), e->tables.layers.data()};
   e->args.work = {e->tiles.data(),
                   e->groups.data(),
                   e->layers.data(),
                   {e->scores.data(), e->amplified.data()},
                   &e->verdict,
                   e->tickets.data(),
-                  e->tickets.data() + e->tables.groups,
-                  e->tickets.data() + e->tables.groups + layers + 1};
+                  e->tickets.data() + e->tables.groups};
   e->args.num_layers = static_cast<int32_t>(layers);
   e->args.measured = static_cast<int32_t>(e->layout.measured);
   inspect(e->device);
@@ -207,7 +207,7 @@ int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
   a.write_in_first_phase = !two_phases;
   const bool with_excluded = (norm || a.unscale) && !(two_phases && sums);
   const int64_t tensors = with_excluded ? e.layout.num_tensors() : e.layout.measured;
-  const std::vector<Chunk> chunks = make_chunks(e.layout, tensors, capacity);
+  const std::vector<Chunk> chunks = make_chunks(e.tables.first_tile, tensors, capacity);
   int launches = 0;
   const auto phase = [&](Phases phases) {
     for (size_t i = 0; i < chunks.size(); ++i) {

@@ -8,10 +8,10 @@
 
 namespace {
 
-void print_chunks(const gradamp::Layout& layout, int64_t tensors, int capacity) {
+void print_chunks(const std::vector<int32_t>& first_tile, int64_t tensors, int capacity) {
   const char* comma = "";
   std::printf("[");
-  for (const auto& c : gradamp::cuda::make_chunks(layout, tensors, capacity)) {
+  for (const auto& c : gradamp::cuda::make_chunks(first_tile, tensors, capacity)) {
     std::printf("%s[%d, %d, %d, %d]", comma, c.tensor_begin, c.tensor_end, c.tile_begin, c.tile_end);
     comma = ", ";
   }
@@ -28,21 +28,21 @@ int main(int argc, char** argv) {
   const gradamp::Layout layout(tensors, std::atoll(argv[1]), kTileElements);
   const HostTables tables = make_tables(layout);
   std::printf("{\"groups\": %d, \"layers\": [", tables.groups);
-  for (size_t l = 0; l < tables.layers.size(); ++l) {
-    const LayerTiles& t = tables.layers[l];
-    std::printf("%s[%d, %d, %d, %d]", l ? ", " : "", t.first_tile, t.tiles, t.first_group, t.groups);
-  }
-  // The map from tiles to tensors, run by run.
-  std::printf("], \"tensor_runs\": [");
-  const auto& map = tables.tile_tensor;
-  for (size_t begin = 0, end; begin < map.size(); begin = end) {
-    for (end = begin; end < map.size() && map[end] == map[begin]; ++end) {
-    }
-    std::printf("%s[%d, %zu]", begin ? ", " : "", map[begin], end - begin);
+  for (size_t l = 0; l < tables.layers.size(); ++l)
+    std::printf("%s[%d, %d]", l ? ", " : "", tables.layers[l].begin, tables.layers[l].count);
+  std::printf("], \"first_tile\": [");
+  for (size_t t = 0; t < tables.first_tile.size(); ++t)
+    std::printf("%s%d", t ? ", " : "", tables.first_tile[t]);
+  std::printf("], \"tiles\": [");
+  for (size_t i = 0; i < tables.tiles.size() && i < 4096; ++i) {
+    const Tile& t = tables.tiles[i];
+    std::printf("%s[%d, %lld, %d, %d, %d, %d, %d]", i ? ", " : "", t.tensor,
+                static_cast<long long>(t.first), t.count, t.layer, t.group, t.group_begin,
+                t.group_tiles);
   }
   std::printf("], \"small\": ");
-  print_chunks(layout, layout.measured, kSmallTable);
+  print_chunks(tables.first_tile, layout.measured, kSmallTable);
   std::printf(", \"large\": ");
-  print_chunks(layout, layout.num_tensors(), kLargeTable);
+  print_chunks(tables.first_tile, layout.num_tensors(), kLargeTable);
   std::printf("}\n");
 }

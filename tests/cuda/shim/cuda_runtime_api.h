@@ -12,6 +12,7 @@
 #define __grid_constant__
 #define __shared__ static  // blocks run one after another
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
 #define __builtin_assume(...)
 
@@ -71,6 +72,13 @@ T __shfl_sync(unsigned, T value, int source, int width = 32) {
   const int lane = threadIdx.x % 32;
   return emulator::shuffle(value, lane / width * width + source % width);
 }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    votes |= static_cast<unsigned>(emulator::shuffle(vote, lane)) << lane;
+  return votes;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <class T>
 T __ldcg(const T* p) {
   return *p;
@@ -99,12 +107,11 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrCooperativeLaunch,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-  const int values[] = {2, 1, 100 << 10, 100 << 10};
+  const int values[] = {2, 1, 100 << 10};
   return *value = values[name], cudaSuccess;
 }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }

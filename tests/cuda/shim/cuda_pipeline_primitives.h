@@ -1,0 +1,32 @@
+// Copies that are made as late as may be: when they are waited for, by the thread that asked.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "cuda_runtime_api.h"
+
+namespace emulator {
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+inline std::vector<Copy> open_group[256];
+inline std::deque<std::vector<Copy>> groups[256];
+
+}  // namespace emulator
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  emulator::open_group[threadIdx.x].push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {
+  emulator::groups[threadIdx.x].push_back(std::move(emulator::open_group[threadIdx.x]));
+  emulator::open_group[threadIdx.x].clear();
+}
+inline void __pipeline_wait_prior(size_t left) {
+  auto& groups = emulator::groups[threadIdx.x];
+  for (; groups.size() > left; groups.pop_front())
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+}
