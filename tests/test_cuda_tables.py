@@ -41,7 +41,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Tensors], d
 
 
 def length(numel: int) -> int:
-    return 512 if numel < 2**12 else 4096 if numel < 2**20 else 8192 if numel < 2**23 else LONGEST
+    limits = ((2**12, 512), (2**20, 4096), (2**23, 8192))
+    return next((of for limit, of in limits if numel < limit), LONGEST)
 
 
 def tiles_of(numel: int) -> int:
@@ -85,7 +86,16 @@ def check(planned: dict[str, Any], layers: int, tensors: Tensors) -> None:
         assert all(c[1] - c[0] <= capacity for c in chunks)
 
 
-BOUNDS = (1, 512, 2**12, 4096 * GROUP_TILES, 2**20, 2**23, LONGEST * GROUP_TILES, LONGEST * GROUP_TILES * GROUPS)
+BOUNDS = (
+    1,
+    512,
+    2**12,
+    4096 * GROUP_TILES,
+    2**20,
+    2**23,
+    LONGEST * GROUP_TILES,
+    LONGEST * GROUP_TILES * GROUPS,
+)
 
 
 @pytest.mark.parametrize("numel", [0, *(bound + i for bound in BOUNDS for i in (-1, 0, 1))])

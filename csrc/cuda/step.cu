@@ -13,8 +13,9 @@
 namespace gradamp::cuda {
 namespace {
 
-// Blocks of a processor at once: at most 80 registers a thread. Turing's shuffles need more.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Blocks of a processor at once: 3, at 80 registers a thread, but where that spills them.
+// What is under way of 2 is enough: 128 KB.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
 constexpr int kMinBlocks = 2;
 #else
 constexpr int kMinBlocks = 3;
@@ -31,7 +32,8 @@ __device__ inline auto with_element(DType dtype, Visitor&& visit) {
 }
 
 __device__ inline double as_applied(double multiplier, DType dtype) {
-  return dtype == DType::kFloat64 ? multiplier : static_cast<double>(static_cast<float>(multiplier));
+  if (dtype == DType::kFloat64) return multiplier;
+  return static_cast<double>(static_cast<float>(multiplier));
 }
 
 __device__ inline double inverse_scale(const StepArgs& a) {
@@ -116,7 +118,8 @@ __device__ inline int first_tile(const StepArgs& a) {
 }
 
 template <int kCapacity>
-__device__ __forceinline__ void measure_tiles(const StepArgs& a, const AddressTable<kCapacity>& table) {
+__device__ __forceinline__ void measure_tiles(const StepArgs& a,
+                                              const AddressTable<kCapacity>& table) {
   __shared__ Common common;
   if (threadIdx.x == 0)
     common = {active_factor(a.config, *a.state.global), inverse_scale(a)};
@@ -269,7 +272,8 @@ cudaError_t inspect(Device& device) {
   device.cooperative = cooperative != 0;
 
   int blocks = 0;
-  device.large_table = driver >= 12010 && prepare(kLargeTable, device.shared_bytes, blocks) == cudaSuccess;
+  device.large_table =
+      driver >= 12010 && prepare(kLargeTable, device.shared_bytes, blocks) == cudaSuccess;
   if (!device.large_table) {
     cudaGetLastError();  // a refusal of the large table is no error
   } else if (blocks < device.blocks_per_processor) {

@@ -62,8 +62,9 @@ struct Chunk {
   int32_t tile_begin, tile_end;
 };
 
-// Tensors [0, tensors), whose first tiles make_tables() tells, in as few launches as tables of `capacity` addresses allow. Never
-// none: a step without tiles is a step, and the launch that counts it must be made.
+// Tensors [0, tensors), whose first tiles make_tables() tells, in as few launches as tables of
+// `capacity` addresses allow. Never none: a step without tiles is a step, and the launch that
+// counts it must be made.
 std::vector<Chunk> make_chunks(const std::vector<int32_t>& first_tile, int64_t tensors,
                                int capacity);
 
