@@ -144,8 +144,8 @@ def edge(rows: Sequence[Row]) -> str:
             f"- {len(harmed)} of {len(all_cells)} cells end more than {HARM} points below plain "
             f"training at the same rate; for {len(surely)} of these the paired interval excludes "
             "0.",
-            f"- From the lowest rate {len(near)} of {len(lows)} settings end within {NEAR:g} points "
-            "of the best plain rate.",
+            f"- From the lowest rate {len(near)} of {len(lows)} settings end within {NEAR:g} "
+            "points of the best plain rate.",
             "",
             *markdown(
                 ["network", "cells", "harmed", "worst", "lowest rate near best", "plain there"],
