@@ -79,7 +79,7 @@ class Layer:
 
     @property
     def surging(self) -> bool:
-        return self.V / SURGE > self.V_min
+        return self.V_min < self.V / SURGE
 
     def grown(self, brake: bool) -> float:
         """The factor of its own, less what a surge takes back."""
