@@ -18,6 +18,7 @@ Vector = np.ndarray
 # Of growing amplification.
 LOW = 0.1  # a mean direction above it: the learning rate is low
 SURGE = 4.0  # times the least running variance
+FORGOTTEN = 0.3  # of that least, in the time that an average lasts
 
 
 def murmur_finaliser(x: int) -> int:
@@ -164,7 +165,7 @@ class Oracle:
         layer.F = (1 - w) ** 2 * layer.F + w**2 * q
         layer.n = everything.size
         if 5 * layer.k >= self.min_steps and layer.V > 0:
-            layer.V_min = min(layer.V_min, layer.V)
+            layer.V_min = min(layer.V_min * (1 + FORGOTTEN * w), layer.V)
 
     # ---- decision -------------------------------------------------------------------
 
