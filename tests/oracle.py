@@ -18,7 +18,7 @@ Vector = np.ndarray
 # Of growing amplification.
 LOW = 0.1  # a mean direction above it: the learning rate is low
 SURGE = 4.0  # times the least running variance
-FORGOTTEN = 0.3  # of that least, in the time that an average lasts
+FORGOTTEN = 0.1  # of that least, in the time that an average lasts
 
 
 def murmur_finaliser(x: int) -> int:
