@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from bench.accuracy import grow_report
+from bench.accuracy.data import DataMissing
 from bench.accuracy.grow_nets import NETWORKS
 from bench.accuracy.grow_runs import OPTIMIZERS, SCHEDULES, Row, Run, append, execute, read
-from bench.data import DataMissing
 from bench.results import describe_machine
 
-OUT = Path(__file__).parent.parent / "results" / "accuracy"
+OUT = Path(__file__).parent.parent / "results" / "accuracy" / "grow"
 SEEDS = range(5)
 
 # Far too low, low, tuned, too high.
@@ -124,7 +124,7 @@ def one_thread() -> None:
 def main(argv: Sequence[str]) -> int:
     """The command line, without its first word."""
     given = arguments(argv)
-    name = f"grow-{given.data}{'-edge' if given.edge else ''}"
+    name = f"{given.data}{'-edge' if given.edge else ''}"
     path = given.out / f"{name}.csv"
     try:
         if not given.report:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import io
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,9 +17,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from bench.accuracy.data import Data, load
 from bench.accuracy.grow_nets import NETWORKS
-from bench.accuracy.store import line
-from bench.data import Data, load
 from gradamp_fast import Amplifier
 
 WARM_UP = 0.1  # share of the steps
@@ -101,14 +101,19 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Adds a line; what an earlier process left unfinished is cut off first."""
+    """Adds a line; what an earlier command left unfinished is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        whole = file.read().rpartition(b"\n")[0]
-        file.truncate(len(whole) + 1 if whole else 0)
-        new = line(str(value) for value in asdict(row).values())
-        os.write(file.fileno(), new if whole else line(NAMES) + new)
+        whole = file.read().rpartition(b"\n")
+        file.truncate(len(whole[0]) + len(whole[1]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, NAMES, lineterminator="\n")
+        if not whole[0]:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+        file.write(text.getvalue().encode())
 
 
 @cache

@@ -87,8 +87,8 @@ def test_a_seed_that_one_arm_lacks_counts_for_neither() -> None:
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows({0.001: 3.0, 0.01: 0.0}):
-        append(tmp_path / "grow-digits.csv", row)
+        append(tmp_path / "digits.csv", row)
     assert command.main(["grow", "--report", "--out", str(tmp_path)]) == 0
-    page = (tmp_path / "grow-digits.md").read_text()
+    page = (tmp_path / "digits.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     assert "| mlp, momentum | 0.001: 90.1 ± 0.2 → 93.1 ± 0.2 |" in page
