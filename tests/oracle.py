@@ -127,7 +127,6 @@ class Oracle:
         self.windows, self.unit, self.timing = windows, unit, timing
         self.match_norm, self.max_norm = match_norm, max_norm
         self.grow, self.max_factor, self.brake = grow, max_factor, brake
-        self.decided = False  # since the last release()
         self.rising = False  # the learning rate: a warm-up
         self.steps = self.skipped_steps = self.now = 0
         self.epoch = -1
@@ -218,21 +217,17 @@ class Oracle:
     def grow_or_settle(self, layers: Sequence[Layer]) -> None:
         """``layers`` are the eligible ones."""
         direction = sum(layer.n * layer.D for layer in layers) / sum(layer.n for layer in layers)
-        if not self.decided and not direction > LOW:
-            for layer in self.layers.values():
-                layer.settled = True
-        self.decided = True
+        low = direction > LOW
         for layer in layers:
             if layer.settled:
                 continue
-            if not layer.selected:
-                layer.a = max(layer.grown(self.brake) / self.active_factor(), 1.0)
+            if not (low and layer.selected):
+                layer.a = layer.grown(self.brake)
                 layer.settled, layer.V_min = True, layer.V
             elif not layer.surging:
                 layer.a = min(layer.a * self.active_factor(), self.max_factor)
 
     def release(self) -> None:
-        self.decided = False
         for layer in self.layers.values():
             layer.settled, layer.V_min = False, math.inf
 
