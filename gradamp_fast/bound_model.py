@@ -165,18 +165,20 @@ class BoundModel:
 
         Layers keep their state by name. ``warn``: of layers that vanish with theirs. Raises
         ValueError, with everything as it was, as ``find_layers`` does, and for a parameter that
-        another one owns.
+        another one owns. With sharded parameters a collective.
         """
         model, plan = self.model, self.plan
         if model is not None:
             bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
             plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
         device = state_device(plan)
-        if plan.serves_the_same(self.plan) and device == self.device:
+        state = self.settled_state()  # whether anything changed or not, as all processes do it
+        if plan.serves_the_same(self.plan) and device == state.device:
             return
         if self._owned:
             self._own(plan)
-        vanished = [name for name in self.plan.layers if name not in plan.layers]
+        standing = set(plan.layers)
+        vanished = [name for name in self.plan.layers if name not in standing]
         if vanished and warn:
             warnings.warn(
                 f"layer(s) no longer in the model: {', '.join(map(repr, vanished))}; their state "
@@ -186,7 +188,7 @@ class BoundModel:
         self._replace(plan, device)
 
     def _replace(self, plan: Plan, device: torch.device) -> None:
-        state = self.settled_state()
+        state = self._state
         if device != state.device or not plan.laid_out_like(self.plan):
             state = State(plan, self._options.factor, device)
             state.inherit(plan, self._state, self.plan)

@@ -28,7 +28,7 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     ``cuts``: of each sharded parameter name, how it is cut, where its parts start, and how many
     buckets each has. With sharded parameters a collective.
     """
-    sketches, cuts = _put_together(plan, state.means(plan))
+    sketches, cuts = _put_together(plan, state.means(plan, torch.device("cpu")))
     return {
         "schema": SCHEMA,
         "options": options.to_checkpoint(),
@@ -119,10 +119,10 @@ def _cuts(stored: Mapping[str, Any]) -> dict[str, Cut]:
 
 
 def _put_together(
-    plan: Plan, means: Mapping[str, Tensor]
+    plan: Plan, means: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[list[Any]]]:
-    """Every tensor's running means, whole, on the CPU, and where they were cut."""
-    together = {name: tensor.cpu() for name, tensor in means.items()}
+    """Every tensor's running means, whole, and where they were cut; ``means`` on the CPU."""
+    together = dict(means)
     slots = [s for s in plan.slots[: plan.measured] if s.shard is not None]
     if not slots:
         return together, []
@@ -151,6 +151,9 @@ def _taken_apart(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Tensor]:
     parts = {}
     for slot in plan.slots[: plan.measured]:
         cut, whole = cuts.get(slot.name), stored["sketches"][slot.name]
+        if cut is None and slot.shard is None:
+            parts[slot.name] = whole
+            continue
         how = None if slot.shard is None else slot.shard.how
         if how == (cut and cut.how):
             before = sum(cut.buckets[: slot.shard.index]) if cut and slot.shard else 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import re
-import textwrap
 import traceback
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import collect_env
 
 from . import _extension, backends
 from ._version import __version__
@@ -24,10 +25,11 @@ _VARIABLES = ("GRADAMP_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "GR
               "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDACXX")  # fmt: skip
 
 
-def info() -> dict[str, Any]:
-    """The facts, as plain values: versions, the build, the GPUs, which backends can run."""
-    from torch.utils.collect_env import get_env_info
+def info(environment: bool = False) -> dict[str, Any]:
+    """The facts, as plain values: versions, the build, the GPUs, which backends can run.
 
+    ``environment`` adds what ``torch.utils.collect_env`` finds, which takes seconds.
+    """
     extension = _extension.load()
     return {
         "gradamp_fast": __version__,
@@ -50,34 +52,43 @@ def info() -> dict[str, Any]:
             for device in _devices()
         },
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "environment": get_env_info()._asdict(),
+        **({"environment": collect_env.get_env_info()._asdict()} if environment else {}),
     }
 
 
-def diagnose() -> bool:
-    """Prints the facts, runs a small step on every backend that can run, and says what is wrong.
+def diagnose(full: bool = False) -> tuple[str, bool]:
+    """Runs a small step on every backend that can run, and says what is wrong: ten lines.
 
-    Returns whether nothing is.
+    Returns these lines, the verdict first, and whether nothing is wrong. ``full`` adds the whole
+    environment, the build, and every backend on every device.
     """
-    from torch.utils.collect_env import SystemEnv, pretty_str
-
     facts = info()
-    print("Environment, from torch.utils.collect_env")
-    print(textwrap.indent(pretty_str(SystemEnv(**facts["environment"])).strip(), "  "))
-    print("\nBuild")
-    print(textwrap.indent("\n".join(build_lines(facts)), "  "))
-    print("\nBackends, three steps of each against the reference")
-    problems = list(build_problems(facts))
+    problems = [*build_problems(facts), *variable_problems()]
+    results: dict[str, dict[str, str]] = {name: {} for name in backends.NAMES}
     for device in _devices():
         for name in backends.NAMES:
-            result, wrong = _try(name, device)
-            print(f"  {f'{name} on {device}':<16} {result}")
-            problems += [f"{name} on {device}: {result}"] if wrong else []
-    print()
-    for problem in problems:
-        print(f"PROBLEM  {problem}")
-    print(f"{len(problems)} problem(s)" if problems else "No problem found.")
-    return not problems
+            results[name][str(device)], wrong = _try(name, device)
+            problems += [f"{name} on {device}: {results[name][str(device)]}"] if wrong else []
+    lines = [f"{len(problems)} problem(s) found." if problems else "No problem found."]
+    lines += [f"PROBLEM  {problem}" for problem in problems]
+    if not full:
+        lines += summary_lines(facts, results)
+        lines += ["  All there is to know: python -m gradamp_fast doctor --full"]
+        return "\n".join(lines), not problems
+    lines += ["", "Build", *_indented(build_lines(facts))]
+    lines += ["", "Backends, three steps of each against the reference"]
+    lines += _indented(
+        f"{f'{name} on {device}':<16} {result}"
+        for name, of_devices in results.items()
+        for device, result in of_devices.items()
+    )
+    lines += ["", "Environment, from torch.utils.collect_env"]
+    lines += _indented(collect_env.pretty_str(collect_env.get_env_info()).strip().splitlines())
+    return "\n".join(lines), not problems
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}".rstrip() for line in lines]
 
 
 def _devices() -> list[torch.device]:
@@ -96,6 +107,51 @@ def _version(package: str) -> str | None:
 # ---- the build ----------------------------------------------------------------------
 
 
+def summary_lines(
+    facts: Mapping[str, Any], results: Mapping[str, Mapping[str, str]]
+) -> Iterator[str]:
+    """Versions, the build, the GPUs, and a line for each backend from its result by device."""
+    built = facts["built_with"]
+    versions = (f"{name} {facts[name]}" for name in ("gradamp_fast", "torch", "python"))
+    yield f"  {', '.join(versions)}"
+    yield f"  Build: {built.get('summary') or 'no compiled extension'}"
+    gpus = Counter(f"{gpu['name']} ({gpu['capability']})" for gpu in facts["gpus"])
+    named = ", ".join(f"{count} x {gpu}" if count > 1 else gpu for gpu, count in gpus.items())
+    yield f"  GPU: {named or _no_gpu(facts)}"
+    for name, of_devices in results.items():
+        devices = [d for d in of_devices if facts["backends"][d][name] is None]
+        said = dict.fromkeys(of_devices[d] for d in devices)
+        where = [f"{r} on {', '.join(d for d in devices if of_devices[d] == r)}" for r in said]
+        yield f"  {name:<7} {'; '.join(where) or list(of_devices.values())[-1]}"
+    taken = [f"{automatic(device) or 'none'} on {device}" for device in _devices()]
+    yield f'  backend="auto" takes {", ".join(taken)}'
+
+
+def automatic(device: torch.device) -> str | None:
+    """The backend that "auto" takes, by GRADAMP_BACKEND too; None if that cannot run there."""
+    try:
+        chosen: Any = backends.choose("auto", device)
+    except (RuntimeError, ValueError):
+        return None
+    return str(chosen.name)
+
+
+def variable_problems() -> Iterator[str]:
+    """What is wrong with GRADAMP_BACKEND: what every step would raise."""
+    if any(automatic(device) for device in _devices()):
+        return
+    try:
+        backends.choose("auto", _devices()[-1])
+    except (RuntimeError, ValueError) as error:
+        yield f"{error}. Correct GRADAMP_BACKEND, or unset it"
+
+
+def _no_gpu(facts: Mapping[str, Any]) -> str:
+    if not facts["torch_cuda"]:
+        return "none, because this torch is a build without CUDA"
+    return "torch sees none; look at the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+
+
 def build_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """The build, what it runs on, and what is set in the environment."""
     built = facts["built_with"]
@@ -105,10 +161,8 @@ def build_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"architectures in the binary: {built.get('archs') or '-'}"
     for gpu in facts["gpus"]:
         yield f"GPU: {gpu['name']}, architecture {gpu['capability']}"
-    if not facts["torch_cuda"]:
-        yield "GPU: none, because this torch is a build without CUDA"
-    elif not facts["gpus"]:
-        yield "GPU: torch sees none; look at the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+    if not facts["gpus"]:
+        yield f"GPU: {_no_gpu(facts)}"
     if facts["cpu_instructions"]:
         yield f"CPU kernels in use: {facts['cpu_instructions']}"
     if built.get("summary"):
@@ -177,13 +231,18 @@ def _try(name: str, device: torch.device) -> tuple[str, bool]:
         return "".join(traceback.format_exception_only(error)).strip(), True
 
 
+_ALL = ((torch.float32, 1009), (torch.float32, 131_101), (torch.bfloat16, 4099),
+        (torch.float16, 300), (torch.float64, 65))  # fmt: skip
+# Triton compiles the kernel here, which takes some seconds more for every dtype.
+_OF_BACKEND = {"triton": _ALL[:2]}
+
+
 class _Tensors(nn.Module):
     """One layer for each dtype and bucket length; no forward pass."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kinds: Iterable[tuple[torch.dtype, int]]) -> None:
         super().__init__()
-        shapes = {torch.float32: 1009, torch.bfloat16: 4099, torch.float16: 300, torch.float64: 65}
-        for dtype, size in (*shapes.items(), (torch.float32, 131_101)):
+        for dtype, size in kinds:
             layer = nn.Module()
             layer.weight = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
             self.add_module(f"{str(dtype).removeprefix('torch.')}_{size}", layer)
@@ -191,8 +250,9 @@ class _Tensors(nn.Module):
 
 def compare(name: str, device: torch.device) -> tuple[str, bool]:
     """Three steps of a backend and of the reference: in words, and whether they disagree."""
-    written, rows = _run(name, device)
-    expected, reference = _run("torch", torch.device("cpu"))
+    kinds = _OF_BACKEND.get(name, _ALL)
+    written, rows = _run(name, device, kinds)
+    expected, reference = _run("torch", torch.device("cpu"), kinds)
     wrong = [layer for layer, tensor in written.items() if not torch.equal(tensor, expected[layer])]
     wrong += [
         layer
@@ -204,24 +264,30 @@ def compare(name: str, device: torch.device) -> tuple[str, bool]:
     return "agrees with the reference", False
 
 
-def _run(name: str, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _run(
+    name: str, device: torch.device, kinds: Iterable[tuple[torch.dtype, int]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients as written and the layers' numbers, on the CPU, after three steps."""
-    model = _Tensors(device)
+    model = _Tensors(device, kinds)
     amplifier = Amplifier(model, backend=name, min_steps=2, refresh=1, timing="exact", factor=1.7)
-    generator = torch.Generator().manual_seed(0)
-    steady = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+    generator = torch.Generator("cpu").manual_seed(0)
+    steady = {n: _noise(p, generator) for n, p in model.named_parameters()}
     for step in range(3):
         for number, (label, parameter) in enumerate(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
             sign = -1 if number % 2 and step % 2 else 1
-            gradient = sign * steady[label] + 0.3 * noise
+            gradient = sign * steady[label] + 0.3 * _noise(parameter, generator)
             parameter.grad = gradient.to(parameter.dtype).to(device)
         amplifier.step()
     written = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     rows = {
         layer.name: torch.tensor(
-            [layer.variance, layer.score, layer.fluctuation, layer.direction, layer.factor]
+            [layer.variance, layer.score, layer.fluctuation, layer.direction, layer.factor],
+            device="cpu",
         )
         for layer in amplifier.report().layers
     }
     return {n.removesuffix(".weight"): tensor for n, tensor in written.items()}, rows
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device="cpu")

@@ -9,10 +9,9 @@ from . import bound_model
 from .bound_model import BoundModel, Mask
 from .call import Call
 
-
-def compiling() -> bool:
-    """Whether the code that runs is being compiled."""
-    return torch.compiler.is_compiling()
+# Whether the code that runs is being compiled. A function around it would be compiled by itself
+# where a graph breaks, and then say so ever after.
+compiling = torch.compiler.is_compiling
 
 
 def step(bound: BoundModel, call: Call, mask: Mask | None = None) -> None:

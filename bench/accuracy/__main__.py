@@ -47,7 +47,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--root", default="data", metavar="DIR", help="where CIFAR lies")
     add("--device", default="cuda" if cuda else "cpu", help="default here: %(default)s")
     add("--out", type=Path, default=OUT, metavar="DIR", help="where the CSV goes")
-    add("--budget-s", type=float, default=math.inf, metavar="S", help="begin what ends in time")
+    add("--budget-s", type=float, default=math.inf, metavar="S", help="begin no run later")
     add("--workers", type=int, default=1, metavar="N", help="processes that share the work")
     add("--commit", metavar="HASH", help="of this code, where git cannot tell")
     parts = parser.add_argument_group("another experiment than the usual one")

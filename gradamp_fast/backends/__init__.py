@@ -43,11 +43,12 @@ def choose(
     """The backend asked for, or for "auto" the first that can serve the device.
 
     ``sharded``: gradients are spread over processes. ``GRADAMP_BACKEND`` in the environment
-    overrides "auto". Raises RuntimeError for a backend asked for by name that cannot run.
+    overrides "auto" unless it is empty. Raises RuntimeError for a backend asked for by name that
+    cannot run, ValueError if the variable names none.
     """
     if name == "auto":
-        name = os.environ.get("GRADAMP_BACKEND", "auto")
-        one_of("GRADAMP_BACKEND", name, get_args(BackendName))
+        name = os.environ.get("GRADAMP_BACKEND") or "auto"
+        one_of("environment variable GRADAMP_BACKEND", name, get_args(BackendName))
     able: dict[str, Any] = _MEASURING if sharded else _BACKENDS
     if name == "auto":
         chosen = next(b for b in able.values() if b.unavailable(device) is None)

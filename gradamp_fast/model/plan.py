@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch.nn import Parameter
 
@@ -89,6 +90,11 @@ class Plan:
     buckets: int
     watched: tuple[Parameter, ...]
 
+    @cached_property
+    def spans(self) -> tuple[int, ...]:
+        """Buckets of a row of the sketch from each measured tensor's first to the next one's."""
+        return tuple(_aligned(slot.buckets) for slot in self.slots[: self.measured])
+
     @property
     def sharded(self) -> bool:
         """Whether gradients are spread over processes."""
@@ -127,6 +133,10 @@ def bucket_log2(numel: int) -> int:
     return SHORT_BUCKET_LOG2 if numel < 131072 else LONG_BUCKET_LOG2
 
 
+def _aligned(buckets: int) -> int:
+    return -(-buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+
+
 def make_plan(
     members: Sequence[tuple[str, Parameter, str | None]], watched: Iterable[Parameter]
 ) -> Plan:
@@ -159,7 +169,7 @@ def make_plan(
         slots.append(slot)
         if measured:
             layer_numel[layer_index] += total
-            next_bucket += -(-slot.buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
+            next_bucket += _aligned(slot.buckets)
     return Plan(
         layers=tuple(layers),
         layer_numel=tuple(layer_numel),

@@ -7,12 +7,14 @@ of the Triton kernels are made of these.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ..model.plan import Plan
+from ..model.plan import Plan, Slot
 from ..options import Measure, ScheduleUnit, Select, Threshold
 
 GLOBAL_FIELDS = (
@@ -101,21 +103,26 @@ class State:
             self.column(name).zero_()
         self.sketch.zero_()
 
-    def means(self, plan: Plan) -> dict[str, Tensor]:
-        """Copies of each measured tensor's running means, by parameter name."""
-        parity = self.parity.tolist()
-        return {
-            slot.name: self.sketch[row, slot.first_bucket :][: slot.buckets].clone()
-            for slot, row in zip(plan.slots[: plan.measured], parity, strict=True)
-        }
+    def means(self, plan: Plan, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Each measured tensor's running means by parameter name: views of one copy, on `device`.
+
+        None: on the state's own.
+        """
+        spans = torch.tensor(plan.spans, device=self.device)
+        newest = self.parity.repeat_interleave(spans, output_size=sum(plan.spans)).bool()
+        sketch = self.sketch[:, : len(newest)]
+        means = sketch[1].where(newest, sketch[0]).to(device or self.device)
+        return {slot.name: part for slot, part in _parts(plan, means)}
 
     def take_means(self, plan: Plan, means: dict[str, Tensor]) -> None:
-        """Writes running means, where given, into both rows."""
+        """Writes running means, where given, into both rows, and 0 elsewhere."""
+        device = next((tensor.device for tensor in means.values()), self.device)
+        row = torch.zeros(self.sketch.shape[1], device=device)
+        given = {s.name: part for s, part in _parts(plan, row) if s.name in means}
+        if given:
+            torch._foreach_copy_(list(given.values()), [means[name] for name in given])
         self.parity.zero_()
-        self.sketch.zero_()
-        for slot in plan.slots[: plan.measured]:
-            if slot.name in means:
-                self.sketch[:, slot.first_bucket :][:, : slot.buckets] = means[slot.name]
+        self.sketch.copy_(row)
 
     def inherit(self, plan: Plan, old: State, old_plan: Plan) -> None:
         """Takes over what another plan's state knows of this plan's layers, by name.
@@ -127,11 +134,20 @@ class State:
         measured = plan.slots[: plan.measured]
         changed = {s.layer for s in measured if not s.is_like(before.get(s.name, s))}
         rows = {name: index for index, name in enumerate(old_plan.layers)}
-        for index, name in enumerate(plan.layers):
-            if name in rows and index not in changed:
-                self.layers[index] = old.layers[rows[name]]
-        means = old.means(old_plan)
-        kept = {
-            s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed
-        }
-        self.take_means(plan, kept)
+        kept = [i for i, name in enumerate(plan.layers) if name in rows and i not in changed]
+        theirs = [rows[plan.layers[index]] for index in kept]
+        self.layers[kept] = old.layers[theirs].to(self.device)
+        means = old.means(old_plan, self.device)
+        self.take_means(
+            plan,
+            {s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed},
+        )
+
+
+def _parts(plan: Plan, row: Tensor) -> Iterator[tuple[Slot, Tensor]]:
+    """Each measured tensor's buckets in a row of the sketch, without the gaps between them."""
+    measured = plan.slots[: plan.measured]
+    buckets = [slot.buckets for slot in measured]
+    gaps = [span - used for span, used in zip(plan.spans, buckets, strict=True)]
+    sizes = [*chain.from_iterable(zip(buckets, gaps, strict=True)), len(row) - sum(plan.spans)]
+    return zip(measured, row.split(sizes)[:-1:2], strict=True)

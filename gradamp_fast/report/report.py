@@ -16,8 +16,7 @@ from . import export, table
 from .numbers import LayerReport, Numbers
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 
 class Report(Numbers):
@@ -33,8 +32,13 @@ class Report(Numbers):
     def __str__(self) -> str:
         return table.plain(self)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        yield table.rich_table(self, options.max_width)
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        if len(self.layers) > table.RICH_LAYERS:
+            yield table.plain_text(self)
+        else:
+            yield table.rich_table(self, options.max_width)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes ``.csv`` (a row for each layer) or ``.json``; ValueError for another ending."""
@@ -71,9 +75,10 @@ def make_report(snapshot: Snapshot) -> Report:
         )
     )
     factor = float(reference.active_factor(state, rules))
+    rows = state.layers.tolist()
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
-        row = dict(zip(LAYER_FIELDS, state.layers[index].tolist(), strict=True))
+        row = dict(zip(LAYER_FIELDS, rows[index], strict=True))
         selected = row["selected"] != 0
         changed_at = min(int(row["changed_at"]) * rules.measure_every, step)
         temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan

@@ -10,9 +10,11 @@ from .numbers import LayerReport, Numbers
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 # Left out, in this order, where the terminal is too narrow for all columns.
 _DISPENSABLE = ("threshold", "temporal variance", "steps", "elements", "direction")
+RICH_LAYERS = 500  # the most that rich lays out
 _NAME_WIDTH = 16  # of a layer's name, at least; longer ones are folded then
 
 
@@ -105,14 +107,24 @@ def rich_table(report: Numbers, width: int) -> Table:
     return table
 
 
+def plain_text(report: Numbers) -> Text:
+    """The plain table for rich, which wraps lines that are too long."""
+    from rich.text import Text
+
+    return Text(plain(report))
+
+
 def render(report: Numbers) -> str:
-    """Rich's table if the standard output is a terminal and rich is there, else plain text."""
+    """Rich's table if the standard output is a terminal and rich is there, else plain text.
+
+    Of more than 500 layers plain text too: rich takes about a millisecond for each.
+    """
     try:
         from rich.console import Console
     except ImportError:
         return plain(report)
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal or len(report.layers) > RICH_LAYERS:
         return plain(report)
     with console.capture() as captured:
         console.print(rich_table(report, console.width))

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -405,14 +406,17 @@ def test_the_experiment_from_end_to_end(
     assert f"| {stages.chosen(TINY, rows).options['measure']}" in page
 
 
-def test_a_budget_is_kept(tmp_path: Path) -> None:
-    """By what runs of one kind took before: the first begins if there is any time at all."""
+def test_no_run_begins_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("bench.accuracy.work.time", SimpleNamespace(monotonic=lambda: now))
 
     def run(stage: str, job: Job) -> Row:
-        return row_of(job.run, seconds=10.0)
+        nonlocal now
+        now += 10.0
+        return row_of(job.run)
 
     store, said = Store(tmp_path / "fake-cpu.csv"), []
-    for budget, left in ((0.0, 4), (10.0, 3), (10.0, 2), (100.0, 0)):
+    for budget, left in ((0.0, 4), (9.0, 3), (11.0, 1), (100.0, 0)):
         found = run_stage("stage0", TINY, store, run, Here(), budget=budget, say=said.append)
         assert found == left
     assert "stage0: 3 of 4 runs are left" in said

@@ -440,6 +440,7 @@ def all_checks(rank: int, folder: str) -> list[str]:
     return times
 
 
+@pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
     times, *_ = run(all_checks, 4, tmp_path, str(tmp_path))
     print(*times, sep="\n")  # pytest -s shows them

@@ -247,7 +247,7 @@ def test_tests_run_side_by_side_where_xdist_is(
 ) -> None:
     monkeypatch.setattr(acceptance, "find_spec", lambda name: name if there else None)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    part = acceptance.tests("t", 0.5, "step", "cuda", ())
+    part = acceptance.tests("t", 0.5, "step", "cuda", 8)
     assert (part.command[-3:-1] == ["-n", "8"]) is there
     assert part.environment == {"OMP_NUM_THREADS": "1"}
 

@@ -86,6 +86,7 @@ def test_scaled_and_skipped(emulated: Any, options: dict, unscale: bool) -> None
         assert found_inf.item() == (step in (2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [*SETTINGS[:2], {"match_norm": True}, SETTINGS[3]], ids=str)
 def test_grid_tables_and_order_change_no_bit(emulated: Any, options: dict) -> None:
     found = set()
