@@ -18,7 +18,6 @@ Vector = np.ndarray
 # Of growing amplification.
 LOW = 0.1  # a mean direction above it: the learning rate is low
 SURGE = 4.0  # times the least running variance
-FORGOTTEN = 0.1  # of that least, in the time that an average lasts
 
 
 def murmur_finaliser(x: int) -> int:
@@ -82,18 +81,15 @@ class Layer:
     def surging(self) -> bool:
         return self.V_min < self.V / SURGE
 
-    def grown(self, brake: bool) -> float:
+    def grown(self) -> float:
         """The factor of its own, less what a surge takes back."""
-        if not (brake and self.surging):
+        if not self.surging:
             return self.a
         return max(self.a * math.sqrt(SURGE * self.V_min / self.V), 1.0)
 
 
 class Oracle:
-    """``layers`` maps a layer's name to its parameters' names; ``excluded`` lists the rest.
-
-    ``brake`` is False for an optimizer that divides a surge out by itself, as Adam does.
-    """
+    """``layers`` maps a layer's name to its parameters' names; ``excluded`` lists the rest."""
 
     def __init__(
         self,
@@ -117,7 +113,6 @@ class Oracle:
         max_norm: float | None = None,
         grow: bool = False,
         max_factor: float = 1024.0,
-        brake: bool = True,
     ) -> None:
         self.layers = {name: Layer(list(parameters)) for name, parameters in layers.items()}
         self.excluded = list(excluded)
@@ -126,8 +121,9 @@ class Oracle:
         self.seed, self.decay, self.min_steps, self.refresh = seed, decay, min_steps, refresh
         self.windows, self.unit, self.timing = windows, unit, timing
         self.match_norm, self.max_norm = match_norm, max_norm
-        self.grow, self.max_factor, self.brake = grow, max_factor, brake
+        self.grow, self.max_factor = grow, max_factor
         self.rising = False  # the learning rate: a warm-up
+        self.first = True  # no layer could grow before the coming decision
         self.steps = self.skipped_steps = self.now = 0
         self.epoch = -1
         self.tau = math.nan
@@ -164,7 +160,7 @@ class Oracle:
         layer.F = (1 - w) ** 2 * layer.F + w**2 * q
         layer.n = everything.size
         if 5 * layer.k >= self.min_steps and layer.V > 0:
-            layer.V_min = min(layer.V_min * (1 + FORGOTTEN * w), layer.V)
+            layer.V_min = min(layer.V_min, layer.V)
 
     # ---- decision -------------------------------------------------------------------
 
@@ -217,17 +213,20 @@ class Oracle:
     def grow_or_settle(self, layers: Sequence[Layer]) -> None:
         """``layers`` are the eligible ones."""
         direction = sum(layer.n * layer.D for layer in layers) / sum(layer.n for layer in layers)
-        low = direction > LOW
+        too_high = self.first and direction <= LOW
         for layer in layers:
             if layer.settled:
                 continue
-            if not (low and layer.selected):
-                layer.a = layer.grown(self.brake)
-                layer.settled, layer.V_min = True, layer.V
+            if too_high or not layer.selected:
+                back = 1.0 if self.first else self.active_factor()
+                layer.a = max(layer.grown() / back, 1.0)
+                layer.settled, layer.V_min = True, layer.V or math.inf
             elif not layer.surging:
                 layer.a = min(layer.a * self.active_factor(), self.max_factor)
+        self.first = False
 
     def release(self) -> None:
+        self.first = True
         for layer in self.layers.values():
             layer.settled, layer.V_min = False, math.inf
 
@@ -260,7 +259,7 @@ class Oracle:
         if self.window() is None:
             return {}
         return {
-            name: layer.grown(self.brake) if self.grow else self.active_factor()
+            name: layer.grown() if self.grow else self.active_factor()
             for layer in self.layers.values()
             if self.grow or layer.selected
             for name in layer.parameters

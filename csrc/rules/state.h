@@ -30,7 +30,9 @@ namespace gradamp {
   X(factor)                                                                             \
   X(total_norm)         /* before clipping */                                           \
   X(unmeasured_steps)   /* calls that Python made without an engine, on top of step */  \
-  X(unmeasured_skipped) /* how many of those were skipped */
+  X(unmeasured_skipped) /* how many of those were skipped */                            \
+  X(gated)              /* 0: no decision yet at which anything could grow */           \
+  X(rising)             /* 1: the learning rate rises: nothing grows or settles */
 
 #define GRADAMP_LAYER_FIELDS(X)                                                         \
   X(steps)           /* k */                                                            \
@@ -42,7 +44,11 @@ namespace gradamp {
   X(agreement)       /* D */                                                            \
   X(selected)        /* 0 or 1: the standing selection */                               \
   X(amplified_steps) /* counted steps on which the layer was multiplied */              \
-  X(changed_at)      /* step number at which `selected` last changed */
+  X(changed_at)      /* step number at which `selected` last changed */                 \
+  X(numel)           /* elements of its gradient when it was last measured */           \
+  X(factor)          /* a: what growth came to */                                       \
+  X(settled)         /* 0 or 1: it grows no more */                                     \
+  X(least_variance)  /* V_min; infinite before there is one */
 
 #define GRADAMP_ENUMERATOR(name, text) name,
 enum class Measure : int32_t { GRADAMP_MEASURES(GRADAMP_ENUMERATOR) };
@@ -72,6 +78,8 @@ struct Config {
   double min_steps = 100.0;
   int64_t refresh = 100;          // 0: decided outside the step, when the epoch changes
   uint32_t seed = 0;              // of the draws of Measure::kRandom
+  int32_t grow = 0;
+  double max_factor = 0.0;        // with `grow`
 };
 
 #define GRADAMP_COLUMN(name) double name;

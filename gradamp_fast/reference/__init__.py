@@ -9,6 +9,9 @@ formulas are not public.
 """
 
 from .decide import (
+    EARLY,
+    LOW,
+    SURGE,
     Standing,
     Sums,
     active_factor,
@@ -17,6 +20,7 @@ from .decide import (
     decide,
     draws,
     last_decision,
+    multipliers,
     scores,
     step_number,
 )
@@ -35,8 +39,10 @@ from .step import (
 )
 
 __all__ = [
-    "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "Standing", "State", "Sums", "active_factor",
+    "EARLY", "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "LOW", "SURGE", "Standing", "State", "Sums",
+    "active_factor",
     "bucket_sums", "chosen_scores", "commit", "decide", "draws", "excluded_squares", "finish",
-    "last_decision", "mark_found_inf", "measure", "merge", "moments_of", "multiply", "scores",
+    "last_decision", "mark_found_inf", "measure", "merge", "moments_of", "multipliers", "multiply",
+    "scores",
     "signs", "standing", "step", "step_number", "touched",
 ]  # fmt: skip
