@@ -135,7 +135,7 @@ class Options:
             object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
 
     def _validate(self) -> None:
-        check_factor(self.factor)
+        check_factor(self.factor, grow=self.grow is True)
         one_of("measure", self.measure, get_args(Measure))
         if isinstance(self.threshold, str):
             one_of("threshold", self.threshold, (*get_args(ThresholdRule), "a number"))
@@ -193,7 +193,6 @@ class Options:
                     f"max_factor={self.max_factor!r} goes with grow=True only; grow is False"
                 )
             return
-        check_factor(self.factor, grow=True)
         if self.max_factor is not None:
             _check("max_factor", self.max_factor, lambda x: 1 < x < math.inf, "finite and > 1")
         reasons = {

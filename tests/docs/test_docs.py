@@ -123,13 +123,18 @@ def test_the_options_are_all_there_with_their_defaults() -> None:
     from dataclasses import fields
 
     from gradamp_fast import Options
+    from gradamp_fast.options import DEFAULTS
 
+    text = (ROOT / "docs" / "options.md").read_text().partition("\n## Growing\n")[2]
+    growing = re.findall(r"^\| `(\w+)` \| `(.*?)` \| `(.*?)` \|", text, re.MULTILINE)
+    for grow in (False, True):
+        assert {row[0]: eval(row[1 + grow]) for row in growing} == DEFAULTS[grow]
     for page in (ROOT / "README.md", ROOT / "docs" / "options.md"):
         rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page.read_text(), re.MULTILINE))
         for field in fields(Options):
             assert field.name in rows, (page.name, field.name)
             default = rows[field.name].split("`")[1]
-            assert eval(default) == field.default, (page.name, field.name)
+            assert eval(default) == getattr(Options(), field.name), (page.name, field.name)
 
 
 # ---- error messages -----------------------------------------------------------------
