@@ -175,7 +175,8 @@ class Stepper::Exclusive {
 bool Stepper::take(size_t index, const at::Tensor& gradient) {
   const std::optional<DType> dtype = dtype_of(gradient);
   if (!dtype || gradient.layout() != at::kStrided || gradient.device() != values_.device() ||
-      gradient.numel() != numel_[index] || gradient.is_neg() || is_subclass(gradient) ||
+      gradient.numel() != numel_[index] || gradient.is_neg() || gradient.is_inference() ||
+      is_subclass(gradient) ||
       !gradient.unsafeGetTensorImpl()->is_non_overlapping_and_dense())
     return false;
   gradients_[index] = gradient;

@@ -24,7 +24,8 @@ from .reference.state import State
 _OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _BOUND: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
-_LOOK_EVERY = 100  # steps, where nothing else asks for it
+_LOOK_EVERY = 100  # steps at most, where nothing else asks for it
+_MODULES_A_STEP = 4  # that are compared on average, so that it takes a few microseconds
 Mask = Callable[[Plan], bytes | None]
 
 
@@ -41,8 +42,8 @@ class BoundModel:
     - at the first step or ``prepare``, from which on its trainable parameters are owned;
     - when a step finds a parameter that was unfrozen, moved or changed size;
     - when its modules or parameters are others than before. That is compared after a step that
-      found no gradient; when one is missing, ever more rarely where that is the rule; and at
-      least in every hundredth step;
+      found no gradient; when one is missing, ever more rarely where that is the rule; and else
+      after as many steps as take little time beside it, at most a hundred;
     - when the loss scale is on another device than the gradients were;
     - when an optimizer joins, holds other parameters, or changes its mind about what it wants
       amplified;
@@ -71,6 +72,7 @@ class BoundModel:
         self._owned: list[int] = []
         self._skeleton: Skeleton | None = None
         self._unlooked = 0  # steps since the model was compared
+        self._period = _LOOK_EVERY  # after so many it is compared anyway
         self._patience = 1  # such steps until a gradient that is missing is a reason to compare
         self._warned_empty = False
         _BOUND[self.handle] = self
@@ -103,7 +105,7 @@ class BoundModel:
             self._check_scalar("grad_scale", call.grad_scale)
             self._check_scalar("found_inf", call.found_inf)
         self._unlooked += 1
-        if self._unlooked >= _LOOK_EVERY:
+        if self._unlooked >= self._period:
             self._patience = 1
             self._look_if_changed()
         backend = self._backend or self.prepare()
@@ -149,9 +151,10 @@ class BoundModel:
             self.look_again(warn=False)  # the model may have changed since
             self._own(self.plan)
         if self._backend is None:
-            self._backend = backends.make(
-                self._options.backend, self.plan, self._state, self.rules, self.model
-            )
+            with torch.inference_mode(False):  # what it makes is written outside, too
+                self._backend = backends.make(
+                    self._options.backend, self.plan, self._state, self.rules, self.model
+                )
         return self._backend
 
     def _check_scalar(self, name: str, value: object) -> None:
@@ -211,6 +214,7 @@ class BoundModel:
             bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
             plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
             self._skeleton = Skeleton(model)
+            self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
         self._unlooked = 0
         device = state_device(plan)
         state = self.settled_state()  # whether anything changed or not, as all processes do it

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import reference
 from .model.plan import Plan, Slot
 from .model.shards import group_of
+from .model.walk import WRAPPERS
 from .options import Options
 from .reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 
@@ -54,6 +55,7 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
             f"schema {SCHEMA}"
         )
     _check_options(stored["options"], options)
+    stored = _without_wrappers(stored, plan)
     _check_layers(stored, plan)
     parts = _taken_apart(plan, stored)
     values = stored["state"]
@@ -66,6 +68,21 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     state.layers.copy_(rows[[order[name] for name in plan.layers]])
     state.take_means(plan, parts)
     return int(values[GLOBAL_FIELDS.index("epoch")])
+
+
+def _without_wrappers(stored: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """The snapshot with names as they are without the wrapper that it was taken under."""
+    for prefix in sorted(set(WRAPPERS.values())):
+        ours = any(name == prefix or name.startswith(f"{prefix}.") for name in plan.layers)
+        if not ours and all(f"{name}.".startswith(f"{prefix}.") for name in stored["layers"]):
+            cut = len(prefix) + 1
+            return {
+                **stored,
+                "layers": {name[cut:]: numel for name, numel in stored["layers"].items()},
+                "sketches": {name[cut:]: means for name, means in stored["sketches"].items()},
+                "cuts": [[name[cut:], *rest] for name, *rest in stored["cuts"]],
+            }
+    return stored
 
 
 def _check_options(stored: Mapping[str, Any], options: Options) -> None:

@@ -27,7 +27,7 @@ class CompiledBackend(Measuring):
         extension = _extension.load()
         assert extension is not None, _extension.reason()
         _extension.check_lists(extension, LISTS)
-        self.reader = GradientReader(plan, state.device)
+        self.reader = GradientReader(plan, state.device, rules.needs_norm)
         self.compiled = extension.Stepper(
             parameters=[slot.parameter for slot in plan.slots],
             watched=list(plan.watched),
@@ -50,7 +50,7 @@ class CompiledBackend(Measuring):
         if isinstance(gradients, Outcome):
             return gradients
         self._step_gradients(gradients, call, None)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
 
     def settle(self) -> None:

@@ -63,9 +63,10 @@ class State:
     def __init__(self, plan: Plan, factor: float, device: torch.device) -> None:
         self.factor = factor
         numbers = len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(plan.layers)
-        self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
-        self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
-        self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # what is made under it could not be written outside
+            self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
+            self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
+            self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
         self.reset()
 
     @property

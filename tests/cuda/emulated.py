@@ -104,7 +104,7 @@ class EmulatedBackend(Measuring):
     log: ClassVar[list[str]] = []  # what the last step asked of the runtime
 
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
-        self.reader = GradientReader(plan, state.device)
+        self.reader = GradientReader(plan, state.device, rules.needs_norm)
         self.state = state
         numbers: dict[str, Any] = for_kernel(rules)
         values = [float(numbers[name]) for name in ORDER] + [float(len(numbers["windows"]))]
@@ -143,7 +143,7 @@ class EmulatedBackend(Measuring):
         if isinstance(gradients, Outcome):
             return gradients
         self.launch(gradients, call, None)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
 
     def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
