@@ -41,6 +41,8 @@ Config read_config(const py::dict& options, const std::vector<Window>& windows) 
   c.min_steps = number("min_steps");
   c.refresh = static_cast<int64_t>(number("refresh"));
   c.seed = options["seed"].cast<uint32_t>();
+  c.grow = options["grow"].cast<bool>();
+  c.max_factor = number("max_factor");
   return c;
 }
 

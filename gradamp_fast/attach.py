@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from . import ops
 from .bound_model import BoundModel
 from .call import Call
+from .learning_rates import LearningRates
 from .model.optimizers import Holding
 
 # Their updates do not change when a layer's gradients are multiplied by a constant.
@@ -28,14 +29,27 @@ _SCALE_INVARIANT = (
 
 def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
     """Warns for an optimizer, known by its class's name or an ancestor's, like Adam."""
-    names = [ancestor.__name__.lower() for ancestor in type(optimizer).__mro__]
-    if any(known in name for name in names for known in _SCALE_INVARIANT):
+    if _is_scale_invariant(optimizer):
         warnings.warn(
             f"{type(optimizer).__name__} divides out the scale of a layer's gradients: a constant "
             "factor changes nothing, and a change of factor acts as a short kick to the learning "
             "rate. Use SGD, or scale learning rates by parameter group instead.",
             stacklevel=stacklevel + 1,
         )
+
+
+def refuse_growth(optimizer: Optimizer) -> None:
+    """ValueError for an optimizer that a factor of its own does not move a layer further under."""
+    if _is_scale_invariant(optimizer):
+        raise ValueError(
+            f"grow=True does nothing under {type(optimizer).__name__}, which divides out the "
+            "scale of a layer's gradients: use SGD, or leave grow out"
+        )
+
+
+def _is_scale_invariant(optimizer: Optimizer) -> bool:
+    names = [ancestor.__name__.lower() for ancestor in type(optimizer).__mro__]
+    return any(known in name for name in names for known in _SCALE_INVARIANT)
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
@@ -63,6 +77,8 @@ class Attachment:
             )
         if bound.attached_to(optimizer):
             raise ValueError("the amplifier is attached to this optimizer already")
+        if bound.rules.grow:
+            refuse_growth(optimizer)
         bound.meet()
         plan, holding = bound.plan, Holding(optimizer)
         ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}
@@ -70,6 +86,7 @@ class Attachment:
             raise ValueError("the optimizer holds no parameter of the amplifier's model")
         self._bound, self._holding = bound, holding
         self._depth = 0  # of calls of step within each other
+        self._rates = LearningRates()
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -116,6 +133,8 @@ class Attachment:
         if _makes_state_only(optimizer):
             return
         self._bound.follow(self._holding)
+        if self._bound.rules.grow and not ops.compiling():
+            self._bound.tell_rising(self._holding, self._rates.rise(optimizer))
         call = Call()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)

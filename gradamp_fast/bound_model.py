@@ -75,6 +75,8 @@ class BoundModel:
         self._period = _LOOK_EVERY  # after so many it is compared anyway
         self._patience = 1  # such steps until a gradient that is missing is a reason to compare
         self._warned_empty = False
+        self._rising: bool | None = None  # as it stands in the state; None: not known
+        self._risers: weakref.WeakSet[Holding] = weakref.WeakSet()
         _BOUND[self.handle] = self
 
     @property
@@ -197,6 +199,8 @@ class BoundModel:
 
         ``restored``: all of it, the counters included.
         """
+        if restored:
+            self._rising = None
         if self._backend is not None:
             self._backend.follow(restored)
 
@@ -291,6 +295,21 @@ class BoundModel:
         """The optimizer's wishes no longer count."""
         self.holdings.discard(holding)
         self._exclude_unwanted()
+        if holding in self._risers:
+            self.tell_rising(holding, False)
+
+    def tell_rising(self, holding: Holding, rising: bool | None) -> None:
+        """Whether the optimizer's learning rate rises, if that can be told: then nothing grows.
+
+        Written to the device where it changes what is there.
+        """
+        if rising is None:
+            return
+        (self._risers.add if rising else self._risers.discard)(holding)
+        rises = len(self._risers) > 0
+        if rises != self._rising:
+            self._rising = rises
+            self.settled_state().scalar("rising").fill_(float(rises))
 
     def follow(self, holding: Holding) -> None:
         """Before an optimizer's step: what came into its groups is bound, if it is the model's."""

@@ -16,7 +16,11 @@ from .model.walk import WRAPPERS
 from .options import Options
 from .reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 
-SCHEMA = 2
+SCHEMA = 3
+# What came with schema 3; a state dict of schema 2 is one without growth.
+_NEW_OPTIONS = {"grow": False, "max_factor": None}
+_NEW_FIELDS = {"member_numel", "factor", "settled", "least_variance"}
+_NEW_GLOBALS = {"round_skipped", "gated", "rising"}
 _KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
 
 
@@ -49,25 +53,44 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     """
     if missing := [key for key in _KEYS if key not in stored]:
         raise ValueError(f"not the state dict of an Amplifier: {', '.join(missing)} missing")
-    if stored["schema"] != SCHEMA or list(stored["fields"]) != list(LAYER_FIELDS):
-        raise ValueError(
-            f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
-            f"schema {SCHEMA}"
-        )
-    _check_options(stored["options"], options)
+    fields, numbers = _fields(stored)
+    of_options = (
+        stored["options"] if stored["schema"] == SCHEMA else _NEW_OPTIONS | stored["options"]
+    )
+    _check_options(of_options, options)
     stored = _without_wrappers(stored, plan)
     _check_layers(stored, plan)
     parts = _taken_apart(plan, stored)
     values = stored["state"]
-    if not isinstance(values, torch.Tensor) or values.shape != state.values.shape:
+    size = len(numbers) + len(fields) * len(plan.layers)
+    if not isinstance(values, torch.Tensor) or values.shape != (size,):
         raise ValueError("state has the wrong shape for its layers: the state dict is damaged")
 
-    state.values[: len(GLOBAL_FIELDS)] = values[: len(GLOBAL_FIELDS)].to(state.values)
-    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))
+    values = values.to(state.values)
+    rows = values[len(numbers) :].view(-1, len(fields))
     order = {name: index for index, name in enumerate(stored["layers"])}
-    state.layers.copy_(rows[[order[name] for name in plan.layers]])
+    rows = rows[[order[name] for name in plan.layers]]
+    state.reset()
+    for index, name in enumerate(numbers):
+        state.scalar(name).copy_(values[index])
+    for index, name in enumerate(fields):
+        state.column(name).copy_(rows[:, index])
     state.take_means(plan, parts)
-    return int(values[GLOBAL_FIELDS.index("epoch")])
+    return int(state.scalar("epoch"))
+
+
+def _fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the numbers of a layer, and of those of all. ValueError for another schema."""
+    new = {2: (_NEW_FIELDS, _NEW_GLOBALS), SCHEMA: (set[str](), set[str]())}.get(stored["schema"])
+    if new is not None:
+        fields = [name for name in LAYER_FIELDS if name not in new[0]]
+        numbers = [name for name in GLOBAL_FIELDS if name not in new[1]]
+        if list(stored["fields"]) == fields and list(stored["globals"]) == numbers:
+            return fields, numbers
+    raise ValueError(
+        f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
+        f"schema {SCHEMA}, and 2"
+    )
 
 
 def _without_wrappers(stored: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, reference
 from ..call import Call, Outcome
 from ..model.gradients import GradientReader
 from ..model.plan import Plan
@@ -17,7 +17,12 @@ from ..reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS, State
 from .stepping import Measuring
 
 # The extension's own lists, which have to be the same.
-LISTS = {"GLOBAL_FIELDS": GLOBAL_FIELDS, "LAYER_FIELDS": LAYER_FIELDS, "ENUMS": ENUMS}
+LISTS = {
+    "GLOBAL_FIELDS": GLOBAL_FIELDS,
+    "LAYER_FIELDS": LAYER_FIELDS,
+    "ENUMS": ENUMS,
+    "GROWTH": (reference.LOW, reference.SURGE, reference.EARLY),
+}
 
 
 class CompiledBackend(Measuring):
@@ -122,5 +127,7 @@ def for_kernel(rules: Rules) -> dict[str, Any]:
         "min_steps": float(rules.min_steps),
         "refresh": float(rules.refresh),
         "seed": rules.seed,
+        "grow": rules.grow,
+        "max_factor": rules.max_factor,
         "windows": list(rules.windows),
     }

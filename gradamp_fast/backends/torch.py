@@ -42,8 +42,7 @@ class TorchBackend(Measuring):
             reference.multiply(
                 self.plan,
                 gradients,
-                before.selected,
-                before.factor,
+                before.multipliers,
                 before.inverse if call.unscale else torch.ones_like(before.inverse),
                 ~before.skipped,
             )

@@ -7,6 +7,7 @@ of the Triton kernels are made of these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import get_args
@@ -27,6 +28,8 @@ GLOBAL_FIELDS = (
     "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
     "unmeasured_skipped",  # of these
     "round_skipped",  # 1: a call of the round under way, or of the last one, was skipped
+    "gated",  # 0: no decision yet at which anything could grow, since the start or a release
+    "rising",  # 1: the learning rate rises, so nothing grows or settles
 )
 LAYER_FIELDS = (
     "steps",  # k
@@ -40,6 +43,9 @@ LAYER_FIELDS = (
     "amplified_steps",  # counted steps on which the layer was multiplied
     "changed_at",  # step number at which "selected" last changed
     "member_numel",  # elements of its members; 0: those of the first step that is measured
+    "factor",  # what growth came to: a
+    "settled",  # 0 or 1: it grows no more
+    "least_variance",  # V_min; infinite before there is one
 )
 # A kernel is told a value by its place here.
 ENUMS: dict[str, tuple[str, ...]] = {
@@ -49,6 +55,8 @@ ENUMS: dict[str, tuple[str, ...]] = {
     "schedule_unit": get_args(ScheduleUnit),
 }
 _AVERAGES = LAYER_FIELDS[: LAYER_FIELDS.index("selected")]
+# What a layer begins with, where that is not 0.
+FIRST = {"factor": 1.0, "least_variance": math.inf}
 
 
 class State:
@@ -99,12 +107,21 @@ class State:
         self.scalar("epoch").fill_(-1.0)
         self.scalar("threshold").fill_(float("nan"))
         self.scalar("factor").fill_(self.factor)
+        for name, value in FIRST.items():
+            self.column(name).fill_(value)
 
     def restart(self) -> None:
-        """Averages and sketches begin anew; the selection and the counters stand."""
+        """Averages and sketches begin anew; the selection, factors and the counters stand."""
         for name in _AVERAGES:
             self.column(name).zero_()
+        self.column("least_variance").fill_(FIRST["least_variance"])
         self.sketch.zero_()
+
+    def release(self) -> None:
+        """Every layer may grow again, from where it is, after a new look at the whole model."""
+        self.scalar("gated").zero_()
+        self.column("settled").zero_()
+        self.column("least_variance").fill_(FIRST["least_variance"])
 
     def means(self, plan: Plan, device: torch.device | None = None) -> dict[str, Tensor]:
         """Each measured tensor's running means by parameter name: views of one copy, on `device`.
