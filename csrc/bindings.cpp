@@ -58,8 +58,9 @@ PYBIND11_MODULE(_C, m) {
       .def("step",
            [](Stepper& stepper, const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale,
-              const std::optional<py::bytes>& only, bool walked) {
-             return static_cast<int>(stepper.step(grad_scale, found_inf, unscale, only, walked));
+              const std::optional<py::bytes>& only, bool walked, bool begins_round, bool decides) {
+             return static_cast<int>(stepper.step(grad_scale, found_inf, unscale, only, walked,
+                                                  {begins_round, decides}));
            })
       .def("stress",
            [](Stepper& stepper, int32_t blocks, uint32_t seed, bool cooperative, bool poison) {
@@ -71,9 +72,14 @@ PYBIND11_MODULE(_C, m) {
       .def("step_gradients",
            [](Stepper& stepper, std::vector<std::optional<at::Tensor>> gradients,
               const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, bool unscale,
-              const std::optional<at::Tensor>& sums) {
+              const std::optional<at::Tensor>& found_inf, bool unscale, bool begins_round,
+              bool decides, const std::optional<at::Tensor>& sums) {
              return static_cast<int>(
-                 stepper.step_gradients(std::move(gradients), grad_scale, found_inf, unscale, sums));
-           });
+                 stepper.step_gradients(std::move(gradients), grad_scale, found_inf, unscale,
+                                        {begins_round, decides}, sums));
+           })
+      .def("settle", &Stepper::settle,
+           "What is done next on the current stream sees the state as the last step left it.")
+      .def("written", &Stepper::written,
+           "The next step sees what was written to the state on the current stream.");
 }

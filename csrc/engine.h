@@ -23,6 +23,7 @@ struct StepInputs {
   const float* grad_scale;  // null: 1
   float* found_inf;         // null: not asked for
   bool unscale;
+  Turn turn;
   uint8_t* written;         // out, one per tensor: the gradient may have been written
   // Not null: the step ends with these sums, one for each layer and one for the excluded
   // tensors, which may be left as it is. Gradients are multiplied if that needs no sums, and
@@ -43,6 +44,10 @@ class Engine {
  public:
   virtual ~Engine() = default;
   virtual void step(const StepInputs& in) = 0;
+  // Whatever the caller does next, where it would step now, sees what the last step left.
+  virtual void settle() {}
+  // The next step sees what the caller wrote to the state, where it would step now.
+  virtual void written() {}
   virtual void stress(const Stress&) {}
 };
 

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -14,10 +15,10 @@
 
 namespace gradamp {
 
-// What a step did; all but kDone: nothing. kRebind: the model may have changed. kUnusual:
-// Python looks closer, for it holds the rules of what a gradient may be and the errors that
-// name a parameter. The first three are those of gradients.Outcome.
-enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3 };
+// What a step did; all but kDone: nothing. kRebind: the model has changed. kMissing: it may
+// have, for a gradient is missing. kUnusual: Python looks closer, for it holds the rules of what
+// a gradient may be and the errors that name a parameter. The others are those of call.Outcome.
+enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kMissing = 3, kUnusual = 4 };
 
 class __attribute__((visibility("hidden"))) Stepper {
  public:
@@ -28,28 +29,36 @@ class __attribute__((visibility("hidden"))) Stepper {
        at::Tensor parity);
 
   // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
-  // Unless `walked`, a parameter that had a gradient on its last step and has none now asks
-  // for a walk of the model.
+  // Unless `walked`, a parameter that had a gradient on its last step and has none now ends in
+  // kMissing.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
-               const std::optional<py::bytes>& only, bool walked);
+               const std::optional<py::bytes>& only, bool walked, Turn turn);
 
   // The same with flat dense gradients given, one for each parameter. `sums`, fp64
   // [layers + 1, 8]: StepInputs.sums.
   Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                          const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf, bool unscale,
+                         const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                          const std::optional<at::Tensor>& sums);
+
+  // Whatever is done next on the current stream sees the state as the last step left it.
+  void settle() { engine_->settle(); }
+  // The next step sees what was written to the state on the current stream.
+  void written() { engine_->written(); }
 
   void stress(const Stress& stress) { engine_->stress(stress); }
 
  private:
+  class Exclusive;
   Outcome collect(const char* only, bool walked);
   // False: not a gradient that the engine can take as it is.
   bool take(size_t index, const at::Tensor& gradient);
   Outcome run(const std::optional<at::Tensor>& grad_scale,
-              const std::optional<at::Tensor>& found_inf, bool unscale,
+              const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
               const std::optional<at::Tensor>& sums);
+  // Whether two gradients share memory. Looked at only when addresses are not those of before.
+  bool overlap();
   void release();
 
   std::vector<py::object> parameters_;
@@ -61,10 +70,12 @@ class __attribute__((visibility("hidden"))) Stepper {
   std::unique_ptr<Engine> engine_;
 
   // These hold the step under way; the gradients are let go when it ends.
+  std::atomic<bool> stepping_ = false;
   std::vector<at::Tensor> gradients_;
   std::vector<void*> addresses_;
   std::vector<DType> dtypes_;
   std::vector<uint8_t> written_;
+  std::vector<void*> apart_;  // the addresses that overlap() looked at last
 };
 
 }  // namespace gradamp

@@ -138,7 +138,8 @@ class Amplifier:
         self.bound.epoch = int(epoch)
         state.scalar("epoch").fill_(self.bound.epoch)
         if rules.refresh == 0:
-            reference.decide(state, rules, state.scalar("epoch"))
+            factor = reference.active_factor(state, rules, Call())
+            reference.decide(state, rules, state.scalar("epoch"), state.scalar("step"), factor)
             if rules.decay == 1:
                 state.restart()
         self.bound.written()

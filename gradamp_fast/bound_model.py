@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,19 @@ from torch.optim import Optimizer
 
 from . import backends
 from .call import Call, Outcome
-from .model.gradients import nonfinite_layers, state_device
+from .model.gradients import GradientReader, state_device
 from .model.optimizers import Holding
 from .model.plan import Plan
-from .model.walk import find_layers, unwrap
+from .model.walk import Skeleton, find_layers, unwrap
 from .options import Options
+from .reference import nonfinite_layers
 from .reference.state import State
 
 _OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _BOUND: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
+_LOOK_EVERY = 100  # steps at most, where nothing else asks for it
+_MODULES_A_STEP = 4  # that are compared on average, so that it takes a few microseconds
 Mask = Callable[[Plan], bytes | None]
 
 
@@ -37,10 +40,13 @@ class BoundModel:
     The model is looked at again (``look_again``)
 
     - at the first step or ``prepare``, from which on its trainable parameters are owned;
-    - when a step finds a parameter that lost its gradient, was unfrozen, moved or changed size,
-      and when it finds no gradient at all, until that has been warned about;
+    - when a step finds a parameter that was unfrozen, moved or changed size;
+    - when its modules or parameters are others than before. That is compared after a step that
+      found no gradient; when one is missing, ever more rarely where that is the rule; and else
+      after as many steps as take little time beside it, at most a hundred;
     - when the loss scale is on another device than the gradients were;
-    - when an optimizer joins, or changes its mind about what it wants amplified;
+    - when an optimizer joins, holds other parameters, or changes its mind about what it wants
+      amplified;
     - when somebody asks: ``Amplifier.rebind``, ``set_epoch`` and ``load_state_dict`` do.
 
     Attributes:
@@ -56,6 +62,7 @@ class BoundModel:
         self.plan = find_layers(unwrap(model), options)
         self.epoch = -1
         self.holdings: weakref.WeakSet[Holding] = weakref.WeakSet()
+        self._stepped: weakref.WeakSet[Holding] = weakref.WeakSet()  # in the round under way
         self.handle = next(_HANDLES)
         self._options = options
         self._model = weakref.ref(unwrap(model))
@@ -63,6 +70,10 @@ class BoundModel:
         self._backend: backends.Stepping | None = None
         self._excluded: frozenset[int] = frozenset()
         self._owned: list[int] = []
+        self._skeleton: Skeleton | None = None
+        self._unlooked = 0  # steps since the model was compared
+        self._period = _LOOK_EVERY  # after so many it is compared anyway
+        self._patience = 1  # such steps until a gradient that is missing is a reason to compare
         self._warned_empty = False
         self._rising: bool | None = None  # as it stands in the state; None: not known
         self._risers: weakref.WeakSet[Holding] = weakref.WeakSet()
@@ -80,10 +91,12 @@ class BoundModel:
 
     # ---- steps ----------------------------------------------------------------------
 
-    def step(self, call: Call, mask: Mask | None) -> None:
-        """One step; ``mask`` gives ``Call.only`` for whichever plan is bound when it is taken.
+    def step(self, call: Call, holding: Holding | None = None, mask: Mask | None = None) -> None:
+        """One step, of an optimizer's part if there is a holding, else of the whole model.
 
-        Raises RuntimeError, TypeError and ValueError as ``Amplifier.step`` says.
+        ``mask`` gives ``Call.only`` for whichever plan is bound when it is taken, if that is not
+        what the optimizer holds. Raises RuntimeError, TypeError and ValueError as
+        ``Amplifier.step`` says.
         """
         if self.epoch < 0 and self.rules.needs_epochs:
             raise RuntimeError(
@@ -93,24 +106,46 @@ class BoundModel:
         if call.grad_scale is not None or call.found_inf is not None:
             self._check_scalar("grad_scale", call.grad_scale)
             self._check_scalar("found_inf", call.found_inf)
+        self._unlooked += 1
+        if self._unlooked >= self._period:
+            self._patience = 1
+            self._look_if_changed()
         backend = self._backend or self.prepare()
+        if mask is None and holding is not None:
+            mask = holding.only
         if mask is not None:
             call = call._replace(only=mask(self.plan))
-        if self._options.error_if_nonfinite:
-            self._raise_if_nonfinite(backend, call)
+        self._raise_if_nonfinite(backend, call)
         outcome = backend.step(call)
-        if outcome is Outcome.DONE or (outcome is Outcome.EMPTY and self._warned_empty):
-            return
-        self.look_again()
+        if outcome is not Outcome.DONE:
+            outcome = self._step_again(outcome, call, mask)
+        if outcome is Outcome.DONE and holding is not None:
+            if self.round_of(holding)[0]:
+                self._stepped.clear()
+            self._stepped.add(holding)
+
+    def _step_again(self, outcome: Outcome, call: Call, mask: Mask | None) -> Outcome:
+        """After a step that came to nothing, with a closer look at the model."""
+        if outcome is Outcome.MISSING:
+            if self._unlooked >= self._patience:
+                self._patience = 1 if self._look_if_changed() else 2 * self._patience
+        elif outcome is Outcome.REBIND or not self._warned_empty:
+            self.look_again()
         only = None if mask is None else mask(self.plan)
-        outcome = self.prepare().step(call._replace(only=only, walked=True))
+        call, backend = call._replace(only=only, walked=True), self.prepare()
+        self._raise_if_nonfinite(backend, call)
+        outcome = backend.step(call)
+        if outcome is not Outcome.EMPTY:
+            return outcome
+        self._unlooked = _LOOK_EVERY
         unasked = only is not None and 1 not in only  # all of an optimizer's are frozen
-        if outcome is Outcome.EMPTY and not unasked and not self._warned_empty:
+        if not unasked and not self._warned_empty:
             self._warned_empty = True
             warnings.warn(
                 "no parameter has a gradient: was the amplifier called before backward()?",
-                stacklevel=4,
+                stacklevel=5,
             )
+        return outcome
 
     def prepare(self) -> backends.Stepping:
         """The backend, made on first use for the device that the gradients are on."""
@@ -118,9 +153,10 @@ class BoundModel:
             self.look_again(warn=False)  # the model may have changed since
             self._own(self.plan)
         if self._backend is None:
-            self._backend = backends.make(
-                self._options.backend, self.plan, self._state, self.rules, self.model
-            )
+            with torch.inference_mode(False):  # what it makes is written outside, too
+                self._backend = backends.make(
+                    self._options.backend, self.plan, self._state, self.rules, self.model
+                )
         return self._backend
 
     def _check_scalar(self, name: str, value: object) -> None:
@@ -134,10 +170,16 @@ class BoundModel:
             raise ValueError(f"{name} is on {value.device}, the gradients are on {self.device}")
 
     def _raise_if_nonfinite(self, backend: backends.Stepping, call: Call) -> None:
-        if call.found_inf is not None and call.found_inf.item() != 0:
+        if not self._options.error_if_nonfinite or (
+            call.found_inf is not None and call.found_inf.item() != 0
+        ):
             return
-        layers = backend.found_anywhere(nonfinite_layers(self.plan, call.only))
-        if layers:
+        gradients = GradientReader(self.plan, self.device).read(call)
+        layers: Sequence[int] = ()  # none where the step looks at the model first
+        if not isinstance(gradients, Outcome):
+            state = self.settled_state()
+            layers = nonfinite_layers(self.plan, state, self.rules, gradients, call)
+        if layers := backend.found_anywhere(layers):
             names = dict.fromkeys(self.plan.layers[layer] for layer in layers)
             raise RuntimeError(
                 f"non-finite gradients in layer(s) {', '.join(map(repr, names))}; nothing was "
@@ -175,6 +217,9 @@ class BoundModel:
         if model is not None:
             bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
             plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
+            self._skeleton = Skeleton(model)
+            self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
+        self._unlooked = 0
         device = state_device(plan)
         state = self.settled_state()  # whether anything changed or not, as all processes do it
         if plan.serves_the_same(self.plan) and device == state.device:
@@ -190,6 +235,14 @@ class BoundModel:
                 stacklevel=3,
             )
         self._replace(plan, device)
+
+    def _look_if_changed(self) -> bool:
+        """Looks again if modules or parameters are others than before; whether it did."""
+        self._unlooked = 0
+        changed = self._skeleton is not None and not self._skeleton.stands()
+        if changed:
+            self.look_again()
+        return changed
 
     def _replace(self, plan: Plan, device: torch.device) -> None:
         state = self._state
@@ -258,15 +311,23 @@ class BoundModel:
             self._rising = rises
             self.settled_state().scalar("rising").fill_(float(rises))
 
-    def follow(self, holding: Holding) -> bool:
-        """Looks at the optimizer's groups again; whether they changed."""
-        changed = holding.changed()
-        if changed:
+    def follow(self, holding: Holding) -> None:
+        """Before an optimizer's step: what came into its groups is bound, if it is the model's."""
+        if holding.changed():
             self._exclude_unwanted()
-        return changed
+            self._look_if_changed()
+
+    def round_of(self, holding: Holding) -> tuple[bool, bool]:
+        """Whether the optimizer's coming step begins a round, and whether it completes one.
+
+        A round ends when all optimizers have stepped in it, or when one of them steps again.
+        """
+        begins = not self._stepped or holding in self._stepped
+        stepped = {holding} if begins else {holding, *self._stepped}
+        return begins, stepped.issuperset(h for h in self.holdings if h.active)
 
     def _exclude_unwanted(self) -> None:
-        unwanted = frozenset().union(*(h.unwanted() for h in self.holdings if h.active))
+        unwanted = frozenset().union(*(h.unwanted for h in self.holdings if h.active))
         if unwanted == self._excluded:
             return
         before, self._excluded = self._excluded, unwanted

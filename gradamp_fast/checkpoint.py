@@ -12,14 +12,15 @@ from torch import Tensor
 from . import reference
 from .model.plan import Plan, Slot
 from .model.shards import group_of
+from .model.walk import WRAPPERS
 from .options import Options
 from .reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 
 SCHEMA = 3
 # What came with schema 3; a state dict of schema 2 is one without growth.
 _NEW_OPTIONS = {"grow": False, "max_factor": None}
-_NEW_FIELDS = {"numel", "factor", "settled", "least_variance"}
-_NEW_GLOBALS = {"gated", "rising"}
+_NEW_FIELDS = {"member_numel", "factor", "settled", "least_variance"}
+_NEW_GLOBALS = {"round_skipped", "gated", "rising"}
 _KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
 
 
@@ -57,6 +58,7 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
         stored["options"] if stored["schema"] == SCHEMA else _NEW_OPTIONS | stored["options"]
     )
     _check_options(of_options, options)
+    stored = _without_wrappers(stored, plan)
     _check_layers(stored, plan)
     parts = _taken_apart(plan, stored)
     values = stored["state"]
@@ -89,6 +91,21 @@ def _fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
         f"schema {SCHEMA}, and 2"
     )
+
+
+def _without_wrappers(stored: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """The snapshot with names as they are without the wrapper that it was taken under."""
+    for prefix in sorted(set(WRAPPERS.values())):
+        ours = any(name == prefix or name.startswith(f"{prefix}.") for name in plan.layers)
+        if not ours and all(f"{name}.".startswith(f"{prefix}.") for name in stored["layers"]):
+            cut = len(prefix) + 1
+            return {
+                **stored,
+                "layers": {name[cut:]: numel for name, numel in stored["layers"].items()},
+                "sketches": {name[cut:]: means for name, means in stored["sketches"].items()},
+                "cuts": [[name[cut:], *rest] for name, *rest in stored["cuts"]],
+            }
+    return stored
 
 
 def _check_options(stored: Mapping[str, Any], options: Options) -> None:

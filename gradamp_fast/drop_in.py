@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ops
 from .amplifier import Amplifier
 from .attach import innermost, refuse_growth, warn_if_scale_invariant
 from .model.walk import unwrap
@@ -46,7 +46,8 @@ def fused_amplify(
     """
     model = unwrap(model)
     kept = _KEPT.get(model)
-    if kept is None and ops.compiling():
+    # Asked directly: an answer that came through a call of ours would outlive a break of the graph.
+    if kept is None and torch.compiler.is_compiling():
         raise RuntimeError(
             "fused_amplify cannot make its Amplifier inside torch.compile(fullgraph=True): call "
             "it once before, or make an Amplifier and call its step()"

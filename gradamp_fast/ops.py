@@ -8,18 +8,25 @@ from torch import Tensor
 from . import bound_model
 from .bound_model import BoundModel, Mask
 from .call import Call
+from .model.optimizers import Holding
 
 # Whether the code that runs is being compiled. A function around it would be compiled by itself
 # where a graph breaks, and then say so ever after.
 compiling = torch.compiler.is_compiling
 
 
-def step(bound: BoundModel, call: Call, mask: Mask | None = None) -> None:
-    """One step of a bound model, or the call that stands for it in a graph."""
+def step(
+    bound: BoundModel, call: Call, holding: Holding | None = None, mask: Mask | None = None
+) -> None:
+    """One step of a bound model, or the call that stands for it in a graph.
+
+    ``holding`` and ``mask`` as ``BoundModel.step`` takes them.
+    """
     if compiling():
-        traced_step(bound, call if mask is None else call._replace(only=mask(bound.plan)))
+        only = holding.only if mask is None and holding is not None else mask
+        traced_step(bound, call if only is None else call._replace(only=only(bound.plan)))
     else:
-        bound.step(call, mask)
+        bound.step(call, holding, mask)
 
 
 def traced_step(bound: BoundModel, call: Call) -> None:
@@ -82,7 +89,7 @@ def operator(
             parameter.grad = gradient
         bound.step(
             Call(grad_scale, found_inf, unscale),
-            lambda plan: only if plan.slots is slots else None,
+            mask=lambda plan: only if plan.slots is slots else None,
         )
     finally:
         for parameter, own_gradient in zip(parameters, before, strict=True):

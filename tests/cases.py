@@ -208,10 +208,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def scaled(gradient: Tensor, multiplier: float) -> Tensor:
-    """What torch makes of the gradient; one that is multiplied by 1 is left as it is."""
+    """What torch makes of the gradient; one that is multiplied by 1 is left as it is.
+
+    In fp16 finite numbers become no larger than the largest.
+    """
     copy = gradient.clone()
     if multiplier != 1:
         reals(copy).mul_(multiplier)
+    if copy.dtype == torch.float16:
+        copy = torch.where(gradient.isfinite(), copy.clamp(-65504.0, 65504.0), copy)
     return copy
 
 

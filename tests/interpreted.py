@@ -9,5 +9,5 @@ from gradamp_fast.backends.triton.decide import active_factor, decide
 
 
 @triton.jit
-def decide_kernel(values, config, scores, layers, decision):
-    decide(values, config, scores, layers, decision, active_factor(values, config))
+def decide_kernel(values, config, scores, layers, decision, step):
+    decide(values, config, scores, layers, decision, step, active_factor(values, config, 1))

@@ -278,7 +278,7 @@ class Oracle:
         """What each gradient given is multiplied by, before rounding; None: a skipped step."""
         if not gradients:
             return {}
-        inverse = 1.0 if grad_scale is None else 1 / grad_scale
+        inverse = 1.0 if grad_scale is None else float(np.float32(1 / grad_scale))
         true = {name: g * inverse for name, g in gradients.items()}
         present = {
             layer: {name: true[name] for name in state.parameters if name in true}

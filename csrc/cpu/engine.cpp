@@ -74,13 +74,11 @@ class CpuEngine final : public Engine {
     GlobalState& global = *state_.global;
     std::fill_n(in.written, tiling_.num_tensors(), uint8_t{0});
     if (in.found_inf && *in.found_inf != 0.0f) {
-      if (in.sums) return;
-      global.step += 1.0;
-      global.skipped_steps += 1.0;
+      if (!in.sums) skip_call(config_, global, in.turn);
       return;
     }
-    const double inverse = in.grad_scale ? 1.0 / static_cast<double>(*in.grad_scale) : 1.0;
-    const double factor = active_factor(config_, global);
+    const double inverse = inverse_scale(in.grad_scale);
+    const double factor = active_factor(config_, global, in.turn);
     const double unscale = in.unscale ? inverse : 1.0;
     const bool one_pass = !config_.exact && !needs_norm(config_);
     const bool norm = needs_norm(config_) && !in.sums;
@@ -105,7 +103,7 @@ class CpuEngine final : public Engine {
     }
     const Scratch scratch = {scores_.data(), amplified_.data()};
     if (!commit(config_, global, state_.layers, sums_.data(), tiling_.num_layers, scratch, factor,
-                group)) {
+                in.turn, group)) {
       if (in.found_inf) *in.found_inf = 1.0f;
       if (!one_pass) return;
     } else {
@@ -215,8 +213,11 @@ class CpuEngine final : public Engine {
   }
 
   void flip_parity(const StepInputs& in) {
-    for (int64_t t = 0; t < tiling_.measured; ++t)
-      if (in.gradients[t]) state_.parity[t] = 1 - state_.parity[t];
+    for (int64_t t = 0; t < tiling_.measured; ++t) {
+      const int32_t layer = tiling_.tensors[t].layer;
+      if (in.gradients[t] && is_measured(state_.layers[layer], sums_[layer]))
+        state_.parity[t] = 1 - state_.parity[t];
+    }
   }
 
   float* row(int32_t parity) const { return state_.sketch + parity * state_.buckets; }

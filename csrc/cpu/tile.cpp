@@ -328,13 +328,22 @@ Sums measure(const MeasureTile& tile) {
   return sums;
 }
 
+// A finite fp16 number does not become infinite: it stops at the largest.
+template <class T>
+f32v product(f32v x, float multiplier) {
+  const f32v y = x * multiplier;
+  if constexpr (!std::is_same_v<T, fp16>) return y;
+  const f32v limit = larger(larger(x, -x), 65504.0f + f32v{});
+  return y > limit ? limit : y < -limit ? -limit : y;
+}
+
 template <class T>
 void multiply_vectors(T* data, int64_t n, float multiplier) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(data + i, load(data + i) * multiplier);
+  for (; i + kLanes <= n; i += kLanes) store(data + i, product<T>(load(data + i), multiplier));
   if (i < n) {
     T last[kLanes];
-    store(last, load_last(data + i, n - i) * multiplier);
+    store(last, product<T>(load_last(data + i, n - i), multiplier));
     std::memcpy(data + i, last, (n - i) * sizeof(T));
   }
 }

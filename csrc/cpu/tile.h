@@ -19,7 +19,8 @@ struct MeasureTile {
 
 struct TileKernels {
   Sums (*measure)(const MeasureTile& tile);
-  // data[0 .. count) *= multiplier, computed in fp32 (fp64 for fp64) and rounded once.
+  // data[0 .. count) *= multiplier, computed in fp32 (fp64 for fp64), rounded once,
+  // and in fp16 no larger than 65,504 where it was finite.
   void (*multiply)(void* data, DType dtype, int64_t count, double multiplier);
 };
 

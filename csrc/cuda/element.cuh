@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../rules/common.h"
 
@@ -137,12 +138,29 @@ __device__ inline void store_part(char* p, uint4 v, int begin, int end) {
       reinterpret_cast<U*>(p)[i] = static_cast<U>(half[i / kPerHalf] >> (i % kPerHalf * kBits));
 }
 
+constexpr float kLargestHalf = 65504.0f;
+
+// A finite fp16 number does not become infinite: it stops at the largest. `x`: products of `v`.
+__device__ inline void saturate(uint4 v, float (&x)[Float16::kPerVector]) {
+  float largest = 0.0f;  // which a NaN does not change
+#pragma unroll
+  for (int i = 0; i < Float16::kPerVector; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  if (largest <= kLargestHalf) return;
+  float before[Float16::kPerVector];
+  Float16::unpack(v, before);
+#pragma unroll
+  for (int i = 0; i < Float16::kPerVector; ++i)
+    if (fabsf(before[i]) <= kLargestHalf && fabsf(x[i]) > kLargestHalf)
+      x[i] = copysignf(kLargestHalf, x[i]);
+}
+
 template <class E>
 __device__ inline uint4 scaled(uint4 v, typename E::Wide multiplier) {
   typename E::Wide x[E::kPerVector];
   E::unpack(v, x);
 #pragma unroll
   for (int i = 0; i < E::kPerVector; ++i) x[i] *= multiplier;
+  if constexpr (std::is_same_v<E, Float16>) saturate(v, x);
   return E::pack(x);
 }
 

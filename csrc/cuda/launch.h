@@ -51,6 +51,7 @@ struct StepArgs {
   int32_t tile_end;
   uint32_t stress;             // tests only: seed of random delays before tickets, 0 for none
   bool unscale;
+  Turn turn;
   bool write_in_first_phase;   // multiplies as it measures
   bool first_launch;           // of the step
   bool last_launch;            // of the first phase: its last block decides

@@ -66,13 +66,9 @@ __device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>
   return job;
 }
 
-__device__ inline double inverse_scale(const StepArgs& a) {
-  return a.grad_scale ? 1.0 / static_cast<double>(*a.grad_scale) : 1.0;
-}
-
 // Where the running means of the tile's buckets are; none for excluded tensors.
 __device__ inline void find_buckets(const StepArgs& a, Job& job) {
-  job.means.inverse = inverse_scale(a);
+  job.means.inverse = inverse_scale(a.grad_scale);
   if (job.layer == a.num_layers) return;
   const TensorInfo& info = a.tables.tensors[job.tensor];
   job.tile.run_log2 = info.bucket_log2;
@@ -158,7 +154,7 @@ template <int kCapacity>
 __device__ inline void measure_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
                                      int kept_tiles) {
   __shared__ double factor;
-  if (threadIdx.x == 0) factor = active_factor(a.config, *a.state.global);
+  if (threadIdx.x == 0) factor = active_factor(a.config, *a.state.global, a.turn);
   __syncthreads();
   int tile = a.tile_begin + blockIdx.x * kWarps + warp_index();
 #pragma unroll 1
@@ -174,7 +170,7 @@ __device__ inline void multiply_tiles(const StepArgs& a, const AddressTable<kCap
                                       int kept_tiles) {
   const Verdict verdict = *a.work.verdict;
   if (!verdict.counted) return;
-  const double common = verdict.coefficient * (a.unscale ? inverse_scale(a) : 1.0);
+  const double common = verdict.coefficient * (a.unscale ? inverse_scale(a.grad_scale) : 1.0);
   const int warps = gridDim.x * kWarps;
   const int first = a.tile_begin + blockIdx.x * kWarps + warp_index();
   if (first >= a.tile_end) return;
@@ -206,9 +202,9 @@ __device__ inline void conclude(const StepArgs& a) {
     if (a.tables.layers[l].tiles == 0) w.layers[l] = Sums{};
   if (a.measure_only) return;
   block.barrier();
-  const double factor = active_factor(a.config, global);
+  const double factor = active_factor(a.config, global, a.turn);
   const bool counted = commit(a.config, global, a.state.layers, w.layers, a.num_layers, w.scratch,
-                              factor, block);
+                              factor, a.turn, block);
   block.barrier();
   double coefficient = 1.0;
   if (counted && needs_norm(a.config))
@@ -217,7 +213,8 @@ __device__ inline void conclude(const StepArgs& a) {
   if (counted) {
     for (int64_t t = block.rank(); t < a.measured; t += block.size()) {
       const TensorInfo& info = a.tables.tensors[t];
-      if (info.numel > 0 && __ldcg(&w.tiles[info.first_tile].moments.count) != 0.0)
+      if (info.numel > 0 && __ldcg(&w.tiles[info.first_tile].moments.count) != 0.0 &&
+          is_measured(a.state.layers[info.layer], w.layers[info.layer]))
         a.state.parity[t] = 1 - a.state.parity[t];
     }
   }
@@ -227,9 +224,8 @@ __device__ inline void conclude(const StepArgs& a) {
   }
 }
 
-__device__ inline void record_skipped_step(const StepArgs& a) {
-  a.state.global->step += 1.0;
-  a.state.global->skipped_steps += 1.0;
+__device__ inline void skip(const StepArgs& a) {
+  skip_call(a.config, *a.state.global, a.turn);
   a.work.verdict->counted = 0;
 }
 
@@ -244,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (phases & kMeasure) {
     // Every block reads this before its ticket, and only the last to take one writes it.
     if (a.found_inf && *a.found_inf != 0.0f) {
-      if (first_thread && a.first_launch && !a.measure_only) record_skipped_step(a);
+      if (first_thread && a.first_launch && !a.measure_only) skip(a);
       return;
     }
     measure_tiles(a, table, kept_tiles);

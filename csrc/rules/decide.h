@@ -9,6 +9,8 @@
 
 namespace gradamp {
 
+GRADAMP_HD bool needs_norm(const Config& c) { return c.match_norm || c.max_norm > 0.0; }
+
 struct SerialGroup {
   int rank() const { return 0; }
   int size() const { return 1; }
@@ -17,7 +19,33 @@ struct SerialGroup {
   void barrier() const {}
 };
 
+// ---- rounds --------------------------------------------------------------------------
+
+// The number of the step under way, from 0, before its first call or its last is committed.
+GRADAMP_HD double step_number(const GlobalState& g, const Turn& turn) {
+  return turn.begins_round ? g.step : g.step - 1.0;
+}
+
+GRADAMP_HD void begin_round(GlobalState& g, const Turn& turn) {
+  if (turn.begins_round) g.step += 1.0, g.round_skipped = 0.0;
+}
+
+// What a call leaves behind that is skipped: the round is, once.
+GRADAMP_HD void skip_call(const Config& c, GlobalState& g, const Turn& turn) {
+  begin_round(g, turn);
+  if (g.round_skipped == 0.0) g.skipped_steps += 1.0;
+  g.round_skipped = 1.0;
+  if (needs_norm(c)) g.total_norm = NAN;
+}
+
 // ---- state update -------------------------------------------------------------------
+
+// Whether all members of a layer have a gradient in this step: by their elements, which are whole
+// numbers even where they were added up of parts.
+GRADAMP_HD bool is_measured(const LayerState& s, const Sums& x) {
+  const double count = x.moments.count;
+  return count != 0.0 && (s.member_numel == 0.0 || fabs(count - s.member_numel) < 0.5);
+}
 
 // Weight of the coming step in every running mean of the layer.
 GRADAMP_HD double next_weight(const LayerState& s, double decay) {
@@ -38,7 +66,7 @@ GRADAMP_HD void update_layer(LayerState& s, const Sums& x, double decay) {
   s.noise = keep * keep * s.noise + weight * weight * x.sketch.power;
   s.weight_sum = 1.0 + decay * s.weight_sum;
   s.steps += 1.0;
-  s.numel = x.moments.count;
+  if (s.member_numel == 0.0) s.member_numel = x.moments.count;
 }
 
 // ---- score and threshold ------------------------------------------------------------
@@ -156,7 +184,7 @@ GRADAMP_HD void grow(const Config& c, GlobalState& g, LayerState* states, int64_
   double elements = 0.0, direction = 0.0;
   for (int64_t l = group.rank(); l < layers; l += group.size())
     if (is_finite(scores[l]))
-      elements += states[l].numel, direction += states[l].numel * states[l].agreement;
+      elements += states[l].member_numel, direction += states[l].member_numel * states[l].agreement;
   elements = group.sum(elements);
   direction = group.sum(direction) / elements;
   if (elements == 0.0) return;
@@ -175,11 +203,13 @@ GRADAMP_HD void grow(const Config& c, GlobalState& g, LayerState* states, int64_
 
 // ---- decision -----------------------------------------------------------------------
 
-// Chooses anew which layers are amplified, and with `grow` by how much. `scores` is scratch for
-// `layers` doubles; decisions are numbered so that each draws anew; `factor` is active_factor().
+// Chooses anew, in step `step`, which layers are amplified, and with `grow` by how much. `scores`
+// is scratch for `layers` doubles; decisions are numbered so that each draws anew; `factor` is
+// active_factor().
 template <class Group>
 GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int64_t layers,
-                       int64_t decision, double* scores, double factor, Group& group) {
+                       int64_t decision, double step, double* scores, double factor,
+                       Group& group) {
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     const double x = c.measure == Measure::kRandom ? drawn(c.seed, decision, l)
                                                    : score(states[l], c.measure);
@@ -189,7 +219,7 @@ GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int6
   const double tau = threshold(c, scores, layers, group);
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     const double chosen = c.select == Select::kBelow ? scores[l] < tau : scores[l] > tau;
-    if (chosen != states[l].selected) states[l].changed_at = g.step;
+    if (chosen != states[l].selected) states[l].changed_at = step;
     states[l].selected = chosen;
   }
   if (group.rank() == 0) g.threshold = tau;
@@ -198,10 +228,16 @@ GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int6
 
 // ---- schedule and multiplier --------------------------------------------------------
 
+// What gradients are multiplied by before they count: rounded once to fp32, as torch's
+// GradScaler does.
+GRADAMP_HD double inverse_scale(const float* grad_scale) {
+  return grad_scale ? static_cast<float>(1.0 / static_cast<double>(*grad_scale)) : 1.0;
+}
+
 // What selected layers are multiplied by on this step, or grow by: 1 outside all windows.
-GRADAMP_HD double active_factor(const Config& c, const GlobalState& g) {
+GRADAMP_HD double active_factor(const Config& c, const GlobalState& g, const Turn& turn) {
   if (c.schedule == ScheduleUnit::kAlways) return g.factor;
-  const double now = c.schedule == ScheduleUnit::kEpoch ? g.epoch : g.step;
+  const double now = c.schedule == ScheduleUnit::kEpoch ? g.epoch : step_number(g, turn);
   for (int32_t i = 0; i < c.num_windows; ++i) {
     const Window& w = c.windows[i];
     if (w.start <= now && now < w.stop) return is_finite(w.factor) ? w.factor : g.factor;
@@ -221,8 +257,6 @@ GRADAMP_HD double as_applied(double multiplier, DType dtype) {
                                   : static_cast<double>(static_cast<float>(multiplier));
 }
 
-GRADAMP_HD bool needs_norm(const Config& c) { return c.match_norm || c.max_norm > 0.0; }
-
 // What every gradient is multiplied by on top, from the sums of squares before and
 // after amplification. A NaN norm gives NaN, as torch.nn.utils.clip_grad_norm_ does.
 GRADAMP_HD double norm_coefficient(const Config& c, double before, double after) {
@@ -239,36 +273,39 @@ struct Scratch {
   double* amplified;  // what the layer's gradients are multiplied by in this step
 };
 
-// Folds one step's sums into the state; returns false, and counts a skipped step, if a
-// layer's sums are not finite. `factor` is active_factor() at the start of the step.
-// sums[l].moments.count == 0 marks a layer without gradient.
+// Folds one call's sums into the state; returns false, and skips it, if a layer's sums are not
+// finite. `factor` is active_factor() at the start of the call. sums[l].moments.count == 0 marks
+// a layer without gradient; one that lacks some of its members' only passes by.
 template <class Group>
 GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, const Sums* sums,
-                       int64_t layers, const Scratch& scratch, double factor, Group& group) {
+                       int64_t layers, const Scratch& scratch, double factor, const Turn& turn,
+                       Group& group) {
   int64_t bad = 0;
   for (int64_t l = group.rank(); l < layers; l += group.size())
     bad += sums[l].moments.count != 0.0 && !is_finite(sums[l]);
   if (group.sum(bad) != 0) {
-    if (group.rank() == 0) g.step += 1.0, g.skipped_steps += 1.0;
+    if (group.rank() == 0) skip_call(c, g, turn);
     return false;
   }
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     scratch.amplified[l] = amplification(c, states[l], factor);
-    if (sums[l].moments.count == 0.0) continue;
+    if (!is_measured(states[l], sums[l])) continue;
     update_layer(states[l], sums[l], c.decay);
     if (c.grow) keep_least(states[l], c.min_steps);
   }
   group.barrier();
-  const int64_t counted = static_cast<int64_t>(g.step - g.skipped_steps) + 1;
-  if (c.refresh > 0 && counted % c.refresh == 0)
-    decide(c, g, states, layers, counted / c.refresh, scratch.scores, factor, group);
+  const double step = step_number(g, turn);
+  const bool skipped = !turn.begins_round && g.round_skipped != 0.0;
+  const int64_t counted = static_cast<int64_t>(step - g.skipped_steps) + 1;
+  if (turn.decides && !skipped && c.refresh > 0 && counted % c.refresh == 0)
+    decide(c, g, states, layers, counted / c.refresh, step, scratch.scores, factor, group);
   group.barrier();
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     if (c.exact) scratch.amplified[l] = amplification(c, states[l], factor);
-    if (sums[l].moments.count != 0.0 && scratch.amplified[l] != 1.0)
+    if (is_measured(states[l], sums[l]) && scratch.amplified[l] != 1.0)
       states[l].amplified_steps += 1.0;
   }
-  if (group.rank() == 0) g.step += 1.0;
+  if (group.rank() == 0) begin_round(g, turn);
   return true;
 }
 

@@ -31,6 +31,7 @@ namespace gradamp {
   X(total_norm)         /* before clipping */                                           \
   X(unmeasured_steps)   /* calls that Python made without an engine, on top of step */  \
   X(unmeasured_skipped) /* how many of those were skipped */                            \
+  X(round_skipped)      /* 1: a call of the round under way, or of the last, was */     \
   X(gated)              /* 0: no decision yet at which anything could grow */           \
   X(rising)             /* 1: the learning rate rises: nothing grows or settles */
 
@@ -45,7 +46,7 @@ namespace gradamp {
   X(selected)        /* 0 or 1: the standing selection */                               \
   X(amplified_steps) /* counted steps on which the layer was multiplied */              \
   X(changed_at)      /* step number at which `selected` last changed */                 \
-  X(numel)           /* elements of its gradient when it was last measured */           \
+  X(member_numel)    /* elements of its members; 0: those of the first step measured */ \
   X(factor)          /* a: what growth came to */                                       \
   X(settled)         /* 0 or 1: it grows no more */                                     \
   X(least_variance)  /* V_min; infinite before there is one */
@@ -91,6 +92,13 @@ struct LayerState {
 };
 #undef GRADAMP_COLUMN
 
+// A step is a round of calls, one for each optimizer that is attached. Of how many only the host
+// knows.
+struct Turn {
+  bool begins_round = true;
+  bool decides = true;  // where a decision is due in this round
+};
+
 constexpr int kGlobalFields = sizeof(GlobalState) / sizeof(double);
 constexpr int kLayerFields = sizeof(LayerState) / sizeof(double);
 
@@ -103,9 +111,9 @@ struct alignas(16) Sums {
 constexpr int kSumsColumns = sizeof(Sums) / sizeof(double);
 static_assert(kSumsColumns == 8);
 
+// Where this is not so some element is not finite, or a sum has overflowed.
 GRADAMP_HD bool is_finite(const Sums& s) {
-  return is_finite(s.moments.mean) && is_finite(s.moments.m2) && is_finite(energy(s.moments)) &&
-         is_finite(s.sketch.power) && is_finite(s.sketch.dot) && is_finite(s.sketch.after);
+  return is_finite(energy(s.moments) + s.sketch.power + fabs(s.sketch.dot) + s.sketch.after);
 }
 
 }  // namespace gradamp

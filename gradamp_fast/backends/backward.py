@@ -75,10 +75,10 @@ class BackwardSteps(Stepping):
     def follow(self, restored: bool = False) -> None:
         """Sets the multipliers for the coming backpropagation."""
         if restored:
-            self._calls = int(reference.step_number(self._state))
+            self._calls = int(reference.step_number(self._state, Call()))
         factor = torch.ones_like(self._state.scalar("factor"))
         if self._calls % self._rules.measure_every:
-            factor = reference.active_factor(self._state, self._rules)
+            factor = reference.active_factor(self._state, self._rules, Call())
         selected = self._state.column("selected") != 0
         for multipliers in self.multipliers.values():
             multipliers.copy_(torch.where(selected, factor, 1.0))
@@ -156,8 +156,7 @@ class _Hook:
         multiplier = steps.multipliers[torch.float64 if wide else torch.float32][self._layer]
         if multiplier.device != gradient.device:
             return None  # the model has moved; the next step follows it
-        # Expanded, so that it is not rounded to a narrower gradient's dtype before the product is.
-        return (gradient * multiplier.expand_as(gradient)).to(gradient.dtype)
+        return reference.product(gradient, multiplier)
 
 
 def _hook(model: nn.Module, plan: Plan, steps: BackwardSteps) -> list[RemovableHandle]:

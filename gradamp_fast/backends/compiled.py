@@ -32,7 +32,7 @@ class CompiledBackend(Measuring):
         extension = _extension.load()
         assert extension is not None, _extension.reason()
         _extension.check_lists(extension, LISTS)
-        self.reader = GradientReader(plan, state.device)
+        self.reader = GradientReader(plan, state.device, rules.needs_norm)
         self.compiled = extension.Stepper(
             parameters=[slot.parameter for slot in plan.slots],
             watched=list(plan.watched),
@@ -48,15 +48,22 @@ class CompiledBackend(Measuring):
 
     def step(self, call: Call) -> Outcome:
         outcome = self.compiled.step(*call)  # in the order of its fields
-        if outcome <= Outcome.REBIND:
+        if outcome <= Outcome.MISSING:
             return Outcome(outcome)
         # Something is unusual: look closer, and raise, rebind, or go on with what was copied.
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
         self._step_gradients(gradients, call, None)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
+
+    def settle(self) -> None:
+        # What is read next on the current stream waits for a step on another one.
+        self.compiled.settle()
+
+    def follow(self, restored: bool = False) -> None:
+        self.compiled.written()
 
     def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
         self._step_gradients(gradients, call, sums)
@@ -64,7 +71,10 @@ class CompiledBackend(Measuring):
     def _step_gradients(
         self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None
     ) -> None:
-        self.compiled.step_gradients(gradients, call.grad_scale, call.found_inf, call.unscale, sums)
+        self.compiled.step_gradients(
+            gradients, call.grad_scale, call.found_inf, call.unscale, call.begins_round,
+            call.decides, sums,
+        )  # fmt: skip
 
 
 class CpuBackend(CompiledBackend):

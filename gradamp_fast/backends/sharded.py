@@ -39,7 +39,7 @@ class ShardedBackend(Stepping):
 
     def __init__(self, measuring: type[Measuring], plan: Plan, state: State, rules: Rules) -> None:
         self.plan, self.state, self.rules = plan, state, rules
-        self.reader = GradientReader(plan, state.device)
+        self.reader = GradientReader(plan, state.device, rules.needs_norm)
         self.group = group_of(slot.shard for slot in plan.slots if slot.shard is not None)
         self.copies = [
             self.group.size() if slot.shard is None else slot.shard.copies for slot in plan.slots
@@ -79,13 +79,14 @@ class ShardedBackend(Stepping):
             measured = reference.touched(self.plan, gradients)
 
             def commit() -> None:
-                counted = reference.commit(state, rules, added_up()[0], measured, before)
+                sums = added_up()[0]
+                counted = reference.commit(self.plan, state, rules, sums, measured, before, call)
                 reference.mark_found_inf(call.found_inf, counted)
 
             self._pending = commit
             if call.found_inf is not None:
                 self.settle()
-        self.reader.write_back()
+        self.reader.write_back(call)
         # A DTensor has a version of its own; which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
             [

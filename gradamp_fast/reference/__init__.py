@@ -19,6 +19,7 @@ from .decide import (
     commit,
     decide,
     draws,
+    end_round,
     last_decision,
     multipliers,
     scores,
@@ -33,6 +34,8 @@ from .step import (
     mark_found_inf,
     measure,
     multiply,
+    nonfinite_layers,
+    product,
     standing,
     step,
     touched,
@@ -40,9 +43,8 @@ from .step import (
 
 __all__ = [
     "EARLY", "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "LOW", "SURGE", "Standing", "State", "Sums",
-    "active_factor",
-    "bucket_sums", "chosen_scores", "commit", "decide", "draws", "excluded_squares", "finish",
-    "last_decision", "mark_found_inf", "measure", "merge", "moments_of", "multipliers", "multiply",
-    "scores",
-    "signs", "standing", "step", "step_number", "touched",
+    "active_factor", "bucket_sums", "chosen_scores", "commit", "decide", "draws", "end_round",
+    "excluded_squares", "finish", "last_decision", "mark_found_inf", "measure", "merge",
+    "moments_of", "multipliers", "multiply", "nonfinite_layers", "product", "scores", "signs",
+    "standing", "step", "step_number", "touched",
 ]  # fmt: skip

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..call import Call
+from ..model.plan import Plan
 from ..options import Rules
 from .moments import constant
 from .sketch import murmur_finaliser
@@ -27,15 +29,47 @@ class Sums(NamedTuple):
     after: Tensor  # sum of h^2 after this step
 
     def finite(self) -> Tensor:
-        total = self.m2 + self.numel * self.mean**2 + self.power + self.dot.abs() + self.after
-        return torch.isfinite(total).all()
+        """Where this is not so some element is not finite, or a sum overflowed: bool [layers]."""
+        return torch.isfinite(self.squares() + self.power + self.dot.abs() + self.after)
 
     def squares(self) -> Tensor:
         """Sum of squared elements."""
-        return self.m2 + self.numel * self.mean**2
+        return self.m2 + self.numel * self.mean * self.mean
+
+
+# ---- rounds -------------------------------------------------------------------------
+
+
+def step_number(state: State, call: Call) -> Tensor:
+    """The number of the step under way, from 0, those that nothing measured included: fp64 []."""
+    return _measured_number(state, call) + state.scalar("unmeasured_steps")
+
+
+def _measured_number(state: State, call: Call) -> Tensor:
+    return state.scalar("step") - (0 if call.begins_round else 1)
+
+
+@torch.no_grad()
+def end_round(state: State, rules: Rules) -> None:
+    """Takes the decision, if one is due, of a round that ended when the next one began."""
+    if rules.refresh and state.layers.shape[0]:
+        number = state.scalar("step") - state.scalar("skipped_steps")
+        due = (state.scalar("round_skipped") == 0) & (number % rules.refresh == 0)
+        at = state.scalar("step") - 1
+        factor = active_factor(state, rules, Call(begins_round=False))
+        decide(state, rules, (number / rules.refresh).floor(), at, factor, due=due)
 
 
 # ---- state update -------------------------------------------------------------------
+
+
+def is_measured(member_numel: Tensor, numel: Tensor) -> Tensor:
+    """Whether all members of each layer have a gradient in this step: bool [layers].
+
+    By their elements, which are whole numbers even where they were added up of parts.
+    """
+    whole = (member_numel == 0) | ((numel - member_numel).abs() < 0.5)
+    return (numel > 0) & whole
 
 
 def _updated(rows: Tensor, sums: Sums, amplified: Tensor | int, decay: float) -> Tensor:
@@ -56,7 +90,8 @@ def _updated(rows: Tensor, sums: Sums, amplified: Tensor | int, decay: float) ->
     new["mean_power"] = sums.after
     new["noise"] = (1 - w) ** 2 * old["noise"] + w**2 * sums.power
     new["amplified_steps"] = old["amplified_steps"] + amplified
-    new["numel"] = sums.numel
+    fresh = old["member_numel"] == 0
+    new["member_numel"] = torch.where(fresh, sums.numel, old["member_numel"])
     return torch.stack([new[name] for name in LAYER_FIELDS], dim=1)
 
 
@@ -130,13 +165,15 @@ def decide(
     state: State,
     rules: Rules,
     decision: Tensor,
+    step: Tensor,
+    factor: Tensor,
     *,
     due: Tensor | None = None,
-    factor: Tensor | None = None,
 ) -> None:
-    """Chooses anew which layers are amplified; with ``due`` (bool []), only where it is true.
+    """Chooses anew, in the step of that number, which layers are amplified; with ``due``
+    (bool []), only where it is true.
 
-    ``factor``: that of the window which is open, 1 outside all; None: as the state stands.
+    ``factor``: ``active_factor`` in that step.
     """
     if state.layers.shape[0] == 0:
         return
@@ -149,7 +186,7 @@ def decide(
         chosen = torch.where(due, chosen, selected)
         tau = torch.where(due, tau, state.scalar("threshold"))
     changed_at = state.column("changed_at")
-    changed_at.copy_(torch.where(chosen != selected, state.scalar("step"), changed_at))
+    changed_at.copy_(torch.where(chosen != selected, step, changed_at))
     selected.copy_(chosen)
     state.scalar("threshold").copy_(tau)
     if rules.grow:
@@ -163,17 +200,13 @@ SURGE = 4.0  # times the least variance
 EARLY = 5.0  # the least is kept from a layer's step min_steps / EARLY on
 
 
-def _grow(
-    state: State, rules: Rules, eligible: Tensor, due: Tensor | None, factor: Tensor | None
-) -> None:
+def _grow(state: State, rules: Rules, eligible: Tensor, due: Tensor | None, factor: Tensor) -> None:
     """At a decision: layers grow, or settle for good. ``eligible``: bool [layers]."""
-    if factor is None:
-        factor = active_factor(state, rules)
     gated = state.scalar("gated")
     may = (factor != 1) & (state.scalar("rising") == 0) & eligible.any()
     if due is not None:
         may = may & due
-    elements = torch.where(eligible, state.column("numel"), 0.0)
+    elements = torch.where(eligible, state.column("member_numel"), 0.0)
     direction = (elements * state.column("agreement")).sum() / elements.sum()
     first = gated == 0
     low = ~first | (direction > LOW)
@@ -221,13 +254,13 @@ def _grown(state: State) -> Tensor:
 # ---- schedule -----------------------------------------------------------------------
 
 
-def active_factor(state: State, rules: Rules) -> Tensor:
+def active_factor(state: State, rules: Rules, call: Call) -> Tensor:
     """What selected layers are multiplied by now, or grow by: fp64 [], 1 outside all windows.
 
     Where factors compound, as with ``placement="backward"``, no closer to 0 or infinity than
     lets the product over all selected layers stay within ``max_amplification``.
     """
-    factor = _scheduled_factor(state, rules)
+    factor = _scheduled_factor(state, rules, call)
     if rules.max_amplification == math.inf:
         return factor
     selected = state.column("selected").sum().clamp(min=1)
@@ -235,11 +268,11 @@ def active_factor(state: State, rules: Rules) -> Tensor:
     return torch.minimum(torch.maximum(factor, 1 / largest), largest)
 
 
-def _scheduled_factor(state: State, rules: Rules) -> Tensor:
+def _scheduled_factor(state: State, rules: Rules, call: Call) -> Tensor:
     factor = state.scalar("factor")
     if rules.schedule_unit == "always":
         return factor
-    now = step_number(state) if rules.schedule_unit == "step" else state.scalar("epoch")
+    now = step_number(state, call) if rules.schedule_unit == "step" else state.scalar("epoch")
     active = torch.ones_like(factor)
     for start, stop, own in rules.windows:
         inside = (now >= start) & (now < stop)
@@ -257,11 +290,6 @@ def multipliers(state: State, rules: Rules, factor: Tensor) -> Tensor:
     return torch.where(state.column("selected") != 0, factor, 1.0)
 
 
-def step_number(state: State) -> Tensor:
-    """Steps so far, those that nothing measured included: fp64 []."""
-    return state.scalar("step") + state.scalar("unmeasured_steps")
-
-
 # ---- norm ----------------------------------------------------------------------------
 
 
@@ -273,16 +301,16 @@ def rescale(
     excluded: Tensor,
     counted: Tensor,
 ) -> Tensor:
-    """What every gradient is multiplied by on top: fp64 []. Stores the norm before that.
+    """What every gradient is multiplied by on top: fp64 [].
 
-    ``excluded``: sum of squares of what belongs to no layer.
+    Stores the norm before that, NaN if the step does not count. ``excluded``: sum of squares of
+    what belongs to no layer.
     """
     squares = sums.squares()
     before = squares.sum() + excluded
     after = (multipliers.square() * squares).sum() + excluded
     norm = (before if rules.match_norm else after).sqrt()
-    total_norm = state.scalar("total_norm")
-    total_norm.copy_(torch.where(counted, norm, total_norm))
+    state.scalar("total_norm").copy_(torch.where(counted, norm, torch.nan))
     if rules.match_norm:
         return torch.where(after > 0, (before / after).sqrt(), 1.0)
     return (rules.max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -302,15 +330,22 @@ class Standing(NamedTuple):
 
 @torch.no_grad()
 def commit(
-    state: State, rules: Rules, sums: Sums, measured: Sequence[int], before: Standing
+    plan: Plan,
+    state: State,
+    rules: Rules,
+    sums: Sums,
+    measured: Sequence[int],
+    before: Standing,
+    call: Call,
 ) -> Tensor:
-    """Folds one step's sums into the state and decides; whether the step counts: bool [].
+    """Folds one call's sums into the state and decides; whether the call counts: bool [].
 
-    ``measured`` are the slots whose running means ``measure`` has written. A step that is
-    skipped on entry does not count.
+    ``measured`` are the slots whose running means ``measure`` has written. A call that is
+    skipped on entry does not count, and so does not its round. A layer that lacks a member's
+    gradient passes by.
     """
-    counted = sums.finite() & ~before.skipped
-    present = counted & (sums.numel > 0)
+    counted = sums.finite().all() & ~before.skipped
+    present = counted & is_measured(state.column("member_numel"), sums.numel)
     amplified = 0 if rules.exact else present & (before.multipliers != 1)
     updated = _updated(state.layers, sums, amplified, rules.decay)
     state.layers.copy_(torch.where(present[:, None], updated, state.layers))
@@ -318,15 +353,25 @@ def commit(
         _keep_least(state, rules, present)
     if measured:
         indices = constant(tuple(map(float, measured)), torch.int64, state.device)
+        layers = constant(
+            tuple(float(plan.slots[i].layer) for i in measured), torch.int64, state.device
+        )
         row = state.parity[indices]
-        state.parity[indices] = torch.where(counted, 1 - row, row)
-    if rules.refresh:
-        number = state.scalar("step") - state.scalar("skipped_steps") + 1
-        due = counted & (number % rules.refresh == 0)
-        decide(state, rules, (number / rules.refresh).floor(), due=due, factor=before.factor)
+        state.parity[indices] = torch.where(present[layers], 1 - row, row)
+    step = _measured_number(state, call)
+    skipped = state.scalar("round_skipped")
+    if call.begins_round:
+        skipped.zero_()
+    if rules.refresh and call.decides:
+        number = step - state.scalar("skipped_steps") + 1
+        due = counted & (skipped == 0) & (number % rules.refresh == 0)
+        decision = (number / rules.refresh).floor()
+        decide(state, rules, decision, step, before.factor, due=due)
     if rules.exact:
         amplified = present & (multipliers(state, rules, before.factor) != 1)
         state.column("amplified_steps").add_(amplified)
-    state.scalar("step").add_(1)
-    state.scalar("skipped_steps").add_(~counted)
+    if call.begins_round:
+        state.scalar("step").add_(1)
+    state.scalar("skipped_steps").add_(~counted & (skipped == 0))
+    skipped.copy_((skipped != 0) | ~counted)
     return counted

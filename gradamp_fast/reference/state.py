@@ -27,6 +27,7 @@ GLOBAL_FIELDS = (
     "total_norm",  # before clipping
     "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
     "unmeasured_skipped",  # of these
+    "round_skipped",  # 1: a call of the round under way, or of the last one, was skipped
     "gated",  # 0: no decision yet at which anything could grow, since the start or a release
     "rising",  # 1: the learning rate rises, so nothing grows or settles
 )
@@ -41,7 +42,7 @@ LAYER_FIELDS = (
     "selected",  # 0 or 1: the standing selection
     "amplified_steps",  # counted steps on which the layer was multiplied
     "changed_at",  # step number at which "selected" last changed
-    "numel",  # elements of its gradient when it was last measured
+    "member_numel",  # elements of its members; 0: those of the first step that is measured
     "factor",  # what growth came to: a
     "settled",  # 0 or 1: it grows no more
     "least_variance",  # V_min; infinite before there is one
@@ -70,9 +71,10 @@ class State:
     def __init__(self, plan: Plan, factor: float, device: torch.device) -> None:
         self.factor = factor
         numbers = len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(plan.layers)
-        self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
-        self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
-        self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # what is made under it could not be written outside
+            self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
+            self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
+            self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
         self.reset()
 
     @property

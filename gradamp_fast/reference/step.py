@@ -20,9 +20,9 @@ def standing(state: State, rules: Rules, call: Call) -> Standing:
     """Copies, which the step does not change."""
     one = torch.ones_like(state.scalar("factor"))
     scale, found_inf = call.grad_scale, call.found_inf
-    factor = active_factor(state, rules).clone()
+    factor = active_factor(state, rules, call).clone()
     return Standing(
-        one if scale is None else 1 / scale.double().reshape(()),
+        one if scale is None else scale.double().reciprocal().float().double().reshape(()),
         one == 0 if found_inf is None else found_inf.reshape(()) != 0,
         factor,
         multipliers(state, rules, factor),
@@ -93,6 +93,18 @@ def measure(
     return Sums(*table.unbind(1))
 
 
+def nonfinite_layers(
+    plan: Plan, state: State, rules: Rules, gradients: Sequence[Tensor | None], call: Call
+) -> list[int]:
+    """The layers whose sums would make a step with these gradients be skipped. Synchronises.
+
+    Nothing is written but the row of the sketch that is not in use.
+    """
+    inverse = standing(state, rules, call).inverse
+    sums = measure(plan, state, rules, gradients, inverse)
+    return (~sums.finite()).nonzero().flatten().tolist()
+
+
 def touched(plan: Plan, gradients: Sequence[Tensor | None]) -> list[int]:
     """Indices of the measured slots that have a gradient with at least one element here."""
     return [
@@ -137,7 +149,7 @@ def finish(
 
     ``excluded``: sum of squares of what belongs to no layer, where the norm is needed.
     """
-    counted = commit(state, rules, sums, touched(plan, gradients), before)
+    counted = commit(plan, state, rules, sums, touched(plan, gradients), before, call)
     own = multipliers(state, rules, before.factor) if rules.exact else before.multipliers
     coefficient = before.inverse if call.unscale else torch.ones_like(before.inverse)
     if rules.needs_norm:
@@ -162,11 +174,22 @@ def multiply(
 
 
 def _multiply(gradient: Tensor, multiplier: Tensor) -> None:
-    """Multiplies in place, rounding once to the gradient's dtype; bit for bit ``mul_``."""
     precision = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     multiplier = multiplier.to(precision)
-    product = (gradient.to(precision) * multiplier).to(gradient.dtype)
-    gradient.copy_(torch.where(multiplier == 1, gradient, product))
+    gradient.copy_(torch.where(multiplier == 1, gradient, product(gradient, multiplier)))
+
+
+def product(gradient: Tensor, multiplier: Tensor) -> Tensor:
+    """In the multiplier's precision, rounded once to the gradient's dtype; bit for bit ``mul_``.
+
+    In fp16 what was finite stays so: it stops at the largest number.
+    """
+    wide = gradient.to(multiplier.dtype)
+    out = wide * multiplier
+    if gradient.dtype == torch.float16:
+        limit = wide.abs().clamp(min=torch.finfo(torch.float16).max)
+        out = torch.where(wide.isnan(), wide, out.clamp(-limit, limit))
+    return out.to(gradient.dtype)
 
 
 def mark_found_inf(found_inf: Tensor | None, counted: Tensor) -> None:

@@ -9,6 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from .. import reference
+from ..call import Call
 from ..model.plan import Plan
 from ..options import Rules
 from ..reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
@@ -76,9 +77,8 @@ def make_report(snapshot: Snapshot) -> Report:
             reference.chosen_scores(state, rules, reference.last_decision(state, rules)),
         )
     )
-    multipliers = reference.multipliers(
-        state, rules, reference.active_factor(state, rules)
-    ).tolist()
+    factor = reference.active_factor(state, rules, Call())
+    multipliers = reference.multipliers(state, rules, factor).tolist()
     rows = state.layers.tolist()
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):

@@ -384,6 +384,7 @@ def test_nothing_is_screened_that_does_not_repeat() -> None:
         stages.stage2(TINY, rows)
 
 
+@pytest.mark.slow
 def test_the_experiment_from_end_to_end(
     easy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +469,7 @@ def test_the_page_s_commands_are_understood() -> None:
     assert {"cifar10-cpu", "cifar10-cpu-on-cifar100", "cifar10-cpu-on-vgg19_bn"} <= names
 
 
+@pytest.mark.slow
 def test_there_is_a_report_at_any_time(tmp_path: Path) -> None:
     rows: dict[Any, Row] = {}
     for stage, make in stages.STAGES.items():
@@ -482,6 +484,7 @@ def test_there_is_a_report_at_any_time(tmp_path: Path) -> None:
             figures.draw(TINY, rows, tmp_path, stage)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--data=fake", "--device=cpu", f"--out={tmp_path}", "--epochs=2", "--width=0.25"]
     assert command.main(["stage0", *out, "--budget-s=500"]) == 0

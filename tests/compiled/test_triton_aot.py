@@ -26,7 +26,7 @@ TYPES = {
     "*i32": "parity tile_tensor layer_tiles tickets",
     "*i64": "tensors addresses",
     "i64": "grad_scale found_inf buckets",
-    "i32": "measured layers measured_tiles tiles unscale phases",
+    "i32": "measured layers measured_tiles tiles unscale begins_round decides phases",
     "constexpr": "DTYPES BY_BITS",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}

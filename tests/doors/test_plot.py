@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -187,6 +186,7 @@ def test_variances_are_averaged_by_their_logarithms(
     assert values[0, 1].item() == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("all_layers", "rows"), [(False, 188), (True, 3000)])
 def test_three_thousand_layers_make_a_picture_that_can_be_looked_at(
     all_layers: bool, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -215,17 +215,6 @@ def test_three_thousand_layers_make_a_picture_that_can_be_looked_at(
 
 def name_boxes(axes: Any) -> list[Any]:
     return [label.get_window_extent() for label in axes.get_yticklabels()]
-
-
-def test_the_time_a_picture_takes_hardly_grows_with_the_layers(tmp_path: Path) -> None:
-    def seconds(layers: int) -> float:
-        history = made_up_history(layers, 4)
-        begin = time.process_time()
-        heatmap(history, tmp_path / "map.png")
-        return time.process_time() - begin
-
-    seconds(8)  # loads fonts
-    assert seconds(8000) < 3 * seconds(300)
 
 
 # ---- names --------------------------------------------------------------------------

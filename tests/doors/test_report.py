@@ -7,8 +7,6 @@ import io
 import json
 import math
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +142,8 @@ def test_thousands_of_layers_are_shown_as_plain_text() -> None:
     console = pytest.importorskip("rich.console")
     many = Amplifier(nn.ModuleList(nn.Linear(1, 1) for _ in range(3000))).report()
     shown = console.Console(file=io.StringIO(), force_terminal=True, width=40)
-    begin = time.process_time()
     shown.print(many)
-    took = time.process_time() - begin
     assert "".join(shown.file.getvalue().split()) == "".join(str(many).split())
-    begin = time.process_time()
-    shown.print(replace(many, layers=many.layers[:500]))
-    assert took < 3 * (time.process_time() - begin)
 
 
 def test_the_summary_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_mixed_dtypes(place: Place) -> None:
     run(Twin(model, place, **QUICK), 6)
 
 
-def test_overflow_of_the_product_is_infinite_as_in_torch(place: Place) -> None:
+def test_the_product_stops_at_the_largest_number(place: Place) -> None:
     model = bare({"a.w": (5,), "b.w": (5,)}, torch.float16, place.device)
     amplifier = place.amplifier(model, factor=4.0, min_steps=1, refresh=1, measure="variance")
     big = torch.tensor([60000.0, -60000.0, 1.0, 2e4, 5e-8], dtype=torch.float16)
@@ -87,7 +87,7 @@ def test_overflow_of_the_product_is_infinite_as_in_torch(place: Place) -> None:
     put(model, {"a.w": big.clone().to(place.device), "b.w": big.clone().to(place.device)})
     amplifier.step()
     assert same_bits(model.a.w.grad.cpu(), scaled(big, 4.0))
-    assert model.a.w.grad[0].isinf()
+    assert model.a.w.grad[0] == 65504.0
 
 
 def test_lagged_uses_the_selection_that_stood(place: Place) -> None:

@@ -281,10 +281,10 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         for state in (expected, actual):
             state.layers.copy_(rows)
             state.scalar("step").fill_(17.0)
-        reference.decide(expected, options.rules(), torch.tensor(5.0))
+        reference.decide(expected, options.rules(), torch.tensor(5.0), torch.tensor(17.0))
         numbers = torch.tensor(configuration(options.rules()), dtype=torch.float64)
         decide_kernel[(1,)](
-            actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers, 5
+            actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers, 5, 17.0
         )
         tau, other = expected.scalar("threshold"), actual.scalar("threshold")
         assert torch.allclose(tau, other, rtol=1e-12, atol=1e-12, equal_nan=True)

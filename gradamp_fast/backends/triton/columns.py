@@ -20,19 +20,17 @@ def _places(names: tuple[str, ...], wanted: str) -> tuple[tl.constexpr, ...]:
 # ---- the state --------------------------------------------------------------------------
 
 GLOBALS, FIELDS = tl.constexpr(len(GLOBAL_FIELDS)), tl.constexpr(len(LAYER_FIELDS))
-STEP, SKIPPED_STEPS, EPOCH, THRESHOLD, FACTOR, TOTAL_NORM = _places(
-    GLOBAL_FIELDS, "step skipped_steps epoch threshold factor total_norm"
+STEP, SKIPPED_STEPS, EPOCH, THRESHOLD, FACTOR, TOTAL_NORM, ROUND_SKIPPED = _places(
+    GLOBAL_FIELDS, "step skipped_steps epoch threshold factor total_norm round_skipped"
 )
 GATED, RISING = _places(GLOBAL_FIELDS, "gated rising")
 STEPS, WEIGHT_SUM, VARIANCE, POWER, MEAN_POWER, NOISE = _places(
     LAYER_FIELDS, "steps weight_sum variance power mean_power noise"
 )
-AGREEMENT, SELECTED, AMPLIFIED_STEPS, CHANGED_AT = _places(
-    LAYER_FIELDS, "agreement selected amplified_steps changed_at"
+AGREEMENT, SELECTED, AMPLIFIED_STEPS, CHANGED_AT, MEMBER_NUMEL = _places(
+    LAYER_FIELDS, "agreement selected amplified_steps changed_at member_numel"
 )
-LAYER_NUMEL, LAYER_FACTOR, SETTLED, LEAST_VARIANCE = _places(
-    LAYER_FIELDS, "numel factor settled least_variance"
-)
+LAYER_FACTOR, SETTLED, LEAST_VARIANCE = _places(LAYER_FIELDS, "factor settled least_variance")
 
 # ---- options as numbers -----------------------------------------------------------------
 

@@ -43,14 +43,15 @@ from .columns import (
     GATED,
     GLOBALS,
     LAYER_FACTOR,
-    LAYER_NUMEL,
     LEAST_VARIANCE,
     MEAN_POWER,
+    MEMBER_NUMEL,
     NOISE,
     NUMBER,
     POWER,
     QUANTILE,
     RISING,
+    ROUND_SKIPPED,
     ROW,
     ROW_AFTER,
     ROW_BEFORE,
@@ -85,17 +86,47 @@ def is_finite(x):
     return tl.abs(x) <= MAX_NUMBER
 
 
+# ---- rounds -----------------------------------------------------------------------------
+
+
+@triton.jit
+def step_number(values, begins_round):
+    """The number of the step under way, from 0, before its first call or its last is committed."""
+    return tl.load(values + STEP) - tl.where(begins_round != 0, 0.0, 1.0)
+
+
+@triton.jit
+def _begin_round(values, begins_round):
+    if begins_round != 0:
+        tl.store(values + STEP, tl.load(values + STEP) + 1.0)
+        tl.store(values + ROUND_SKIPPED, 0.0)
+
+
+@triton.jit
+def skip_call(values, config, begins_round):
+    """What a call leaves behind that is skipped: the round is, once."""
+    before = tl.load(values + ROUND_SKIPPED)
+    first = (begins_round != 0) | (before == 0)
+    _begin_round(values, begins_round)
+    skipped = tl.load(values + SKIPPED_STEPS)
+    tl.store(values + SKIPPED_STEPS, tl.where(first, skipped + 1.0, skipped))
+    tl.debug_barrier()
+    tl.store(values + ROUND_SKIPPED, 1.0)
+    if needs_norm(config):
+        tl.store(values + TOTAL_NORM, float("nan"))
+
+
 # ---- schedule and multiplier ------------------------------------------------------------
 
 
 @triton.jit
-def active_factor(values, config):
+def active_factor(values, config, begins_round):
     """What selected layers are multiplied by in this step, or grow by: 1 outside all windows."""
     factor = tl.load(values + FACTOR)
     unit = tl.load(config + CONFIG_UNIT)
     active = factor
     if unit != ALWAYS:
-        now = tl.where(unit == BY_EPOCH, tl.load(values + EPOCH), tl.load(values + STEP))
+        now = tl.where(unit == BY_EPOCH, tl.load(values + EPOCH), step_number(values, begins_round))
         active = factor * 0.0 + 1.0
         for i in range(tl.load(config + CONFIG_WINDOWS).to(tl.int32)):
             window = config + CONFIG_WINDOWS + 1 + i * 3
@@ -252,7 +283,7 @@ def _is_low(values, scores, layers):
         score = _scores_at(scores, begin, layers)
         eligible = score == score
         state = values + GLOBALS + index * FIELDS
-        numel = tl.load(state + LAYER_NUMEL, mask=eligible, other=0.0)
+        numel = tl.load(state + MEMBER_NUMEL, mask=eligible, other=0.0)
         elements += numel
         direction += numel * tl.load(state + AGREEMENT, mask=eligible, other=0.0)
     total = tl.sum(elements, axis=0)
@@ -291,8 +322,8 @@ def _grow(values, config, scores, layers, factor):
 
 
 @triton.jit
-def decide(values, config, scores, layers, decision, factor):
-    """Chooses anew which layers are amplified; ``decision`` numbers the draws.
+def decide(values, config, scores, layers, decision, step, factor):
+    """Chooses anew, in ``step``, which layers are amplified; ``decision`` numbers the draws.
 
     With growth also by how much; ``factor`` is ``active_factor``.
     """
@@ -300,7 +331,6 @@ def decide(values, config, scores, layers, decision, factor):
     tl.debug_barrier()
     tau = _threshold(config, scores, layers)
     below = tl.load(config + CONFIG_SELECT) == BELOW
-    step = tl.load(values + STEP)
     for begin in range(0, layers, WIDTH):
         index = begin + tl.arange(0, WIDTH)
         inside = index < layers
@@ -321,6 +351,15 @@ def decide(values, config, scores, layers, decision, factor):
 
 
 @triton.jit
+def is_measured(values, layer_rows, layer, inside):
+    """Whether all members of a layer have a gradient in this step: by their elements."""
+    n = tl.load(layer_rows + layer * ROW + ROW_COUNT, mask=inside, other=0.0, cache_modifier=".cg")
+    state = values + GLOBALS + layer * FIELDS
+    members = tl.load(state + MEMBER_NUMEL, mask=inside, other=0.0)
+    return (n > 0) & ((members == 0) | (tl.abs(n - members) < 0.5))
+
+
+@triton.jit
 def _update_layers(values, config, layer_rows, layers):
     decay = tl.load(config + CONFIG_DECAY)
     grow = tl.load(config + CONFIG_GROW) != 0
@@ -328,8 +367,8 @@ def _update_layers(values, config, layer_rows, layers):
     for begin in range(0, layers, WIDTH):
         index = begin + tl.arange(0, WIDTH)
         row = layer_rows + index * ROW
-        n = tl.load(row + ROW_COUNT, mask=index < layers, other=0.0, cache_modifier=".cg")
-        here = n > 0
+        here = is_measured(values, layer_rows, index, index < layers)
+        n = tl.load(row + ROW_COUNT, mask=here, other=0.0, cache_modifier=".cg")
         state = values + GLOBALS + index * FIELDS
         k = tl.load(state + STEPS, mask=here, other=0.0)
         weight_sum = tl.load(state + WEIGHT_SUM, mask=here, other=0.0)
@@ -351,7 +390,6 @@ def _update_layers(values, config, layer_rows, layers):
         variance = tl.load(state + VARIANCE, mask=here, other=0.0)
         variance += weight * (v - variance)
         tl.store(state + VARIANCE, variance, mask=here)
-        tl.store(state + LAYER_NUMEL, n, mask=here)
         least = tl.load(state + LEAST_VARIANCE, mask=here, other=0.0)
         if grow:
             less = here & ((k + 1.0) * EARLY >= min_steps) & (variance > 0) & (variance < least)
@@ -363,6 +401,8 @@ def _update_layers(values, config, layer_rows, layers):
         noise = tl.load(state + NOISE, mask=here, other=0.0)
         noise = keep * keep * noise + weight * weight * power
         tl.store(state + NOISE, noise, mask=here)
+        fresh = here & (tl.load(state + MEMBER_NUMEL, mask=here, other=1.0) == 0)
+        tl.store(state + MEMBER_NUMEL, n, mask=fresh)
 
 
 @triton.jit
@@ -374,30 +414,33 @@ def _amplify(values, config, layer_rows, layers, factor):
         multiplier = amplification(values, config, index, index < layers, factor)
         row = layer_rows + index * ROW
         tl.store(row + ROW_MULTIPLIER, multiplier, mask=index <= layers)
-        n = tl.load(row + ROW_COUNT, mask=index < layers, other=0.0, cache_modifier=".cg")
-        counts = (n > 0) & (multiplier != 1)
+        counts = is_measured(values, layer_rows, index, index < layers) & (multiplier != 1)
         times = tl.load(state + AMPLIFIED_STEPS, mask=counts, other=0.0)
         tl.store(state + AMPLIFIED_STEPS, times + 1.0, mask=counts)
 
 
 @triton.jit
-def commit(values, config, layer_rows, scores, layers, factor):
-    """Folds a step's sums, all finite, into the state, and decides where that is due."""
+def commit(values, config, layer_rows, scores, layers, factor, begins_round, decides):
+    """Folds a call's sums, all finite, into the state, and decides where that is due.
+
+    A layer that lacks a member's gradient passes by.
+    """
     exact = tl.load(config + CONFIG_EXACT) != 0
     if not exact:
         _amplify(values, config, layer_rows, layers, factor)
     _update_layers(values, config, layer_rows, layers)
     tl.debug_barrier()
     refresh = tl.load(config + CONFIG_REFRESH).to(tl.int64)
-    step = tl.load(values + STEP)
+    step = step_number(values, begins_round)
     counted = (step - tl.load(values + SKIPPED_STEPS)).to(tl.int64) + 1
-    if refresh > 0:
+    skipped = (begins_round == 0) & (tl.load(values + ROUND_SKIPPED) != 0)
+    if (refresh > 0) & (decides != 0) & (not skipped):
         if counted % refresh == 0:
-            decide(values, config, scores, layers, counted // refresh, factor)
+            decide(values, config, scores, layers, counted // refresh, step, factor)
             tl.debug_barrier()
     if exact:
         _amplify(values, config, layer_rows, layers, factor)
-    tl.store(values + STEP, step + 1.0)
+    _begin_round(values, begins_round)
 
 
 @triton.jit

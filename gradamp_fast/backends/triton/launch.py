@@ -102,7 +102,8 @@ class Launcher:
                 table if INTERPRETED else table.data_ptr(),
                 0 if call.grad_scale is None else call.grad_scale.data_ptr(),
                 0 if call.found_inf is None else call.found_inf.data_ptr(),
-                *self._sizes, int(call.unscale), phases, dtypes, INTERPRETED,
+                *self._sizes, int(call.unscale), int(call.begins_round), int(call.decides),
+                phases, dtypes, INTERPRETED,
             )  # fmt: skip
         if self.on_gpu and not capturing:
             self._done.record(self._stream)
@@ -131,7 +132,19 @@ class Launcher:
             self._launch[dtypes] = self._bind(dtypes)
 
     def _bind(self, dtypes: int) -> Any:
-        arguments = (*self._tensors, self._table.table, 0, 0, *self._sizes, 0, 0, dtypes, False)
+        arguments = (
+            *self._tensors,
+            self._table.table,
+            0,
+            0,
+            *self._sizes,
+            0,
+            0,
+            0,
+            0,
+            dtypes,
+            False,
+        )
         options = compiler_options(dtypes, self.cooperative, bool(torch.version.hip))
         kernel = step.step_kernel.warmup(*arguments, grid=(1,), **options)
         kernel[(1, 1, 1)](*arguments)  # loads it; phases 0 do nothing

@@ -36,8 +36,6 @@ from .columns import (
     ROW,
     ROW_MULTIPLIER,
     ROW_POWER,
-    SKIPPED_STEPS,
-    STEP,
     TENSOR_FIELDS,
     TILES,
     TILES_FROM,
@@ -49,8 +47,10 @@ from .decide import (
     apply_norm,
     commit,
     is_finite,
+    is_measured,
     needs_norm,
     next_weight,
+    skip_call,
 )
 from .tile import (
     TILE,
@@ -89,10 +89,11 @@ def _is_last(ticket, count):
 
 @triton.jit
 def _inverse_scale(grad_scale):
-    """1 / grad_scale, given the address of a float or 0."""
+    """1 / grad_scale, rounded once to fp32, given the address of a float or 0."""
     inverse = tl.full([], 1.0, tl.float64)
     if grad_scale != 0:
-        inverse = 1.0 / tl.load(grad_scale.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        scale = tl.load(grad_scale.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        inverse = (1.0 / scale).to(tl.float32).to(tl.float64)
     return inverse
 
 
@@ -114,7 +115,7 @@ def _publish(tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile, laye
             mean = mean * inverse
             m2 = m2 * inverse * inverse
             store_total(layer_rows + layer * ROW, n, mean, m2, power, dot, old, new)
-            sound = is_finite(m2 + n * mean * mean) & is_finite(power + new) & is_finite(dot)
+            sound = is_finite(m2 + n * mean * mean + power + tl.abs(dot) + new)
             if (layer < layers) & (n > 0) & (not sound):
                 tl.store(tickets + NONFINITE, 1)
 
@@ -181,19 +182,19 @@ def _multiply_tile(
 @triton.jit
 def _conclude(
     values, parity, config, tensors, layer_rows, scores, verdict, tickets, addresses, found_inf,
-    measured, layers,
+    measured, layers, begins_round, decides,
 ):  # fmt: skip
     """By the last program, when every tile is measured."""
-    factor = active_factor(values, config)
+    factor = active_factor(values, config, begins_round)
     coefficient = factor * 0.0 + 1.0
     nonfinite = tl.load(tickets + NONFINITE, cache_modifier=".cg") != 0
     if nonfinite:
         tl.store(tickets + NONFINITE, 0)
-        _record_skipped_step(values)
+        skip_call(values, config, begins_round)
         if found_inf != 0:
             tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0)
     else:
-        commit(values, config, layer_rows, scores, layers, factor)
+        commit(values, config, layer_rows, scores, layers, factor, begins_round, decides)
         tl.debug_barrier()
         if needs_norm(config):
             coefficient = apply_norm(values, config, layer_rows, layers)
@@ -201,22 +202,18 @@ def _conclude(
             index = begin + tl.arange(0, WIDTH)
             inside = index < measured
             here = tl.load(addresses + index, mask=inside, other=0) != 0
+            layer = tl.load(tensors + index * TENSOR_FIELDS + LAYER, mask=inside, other=0)
+            here = here & is_measured(values, layer_rows, layer, inside)
             side = tl.load(parity + index, mask=inside, other=0)
             tl.store(parity + index, 1 - side, mask=inside & here)
     tl.store(verdict, tl.where(nonfinite, 0.0, 1.0).to(tl.float64))
     tl.store(verdict + 1, coefficient)
 
 
-@triton.jit
-def _record_skipped_step(values):
-    tl.store(values + STEP, tl.load(values + STEP) + 1.0)
-    tl.store(values + SKIPPED_STEPS, tl.load(values + SKIPPED_STEPS) + 1.0)
-
-
 # Numbers whose values change nothing in what is compiled.
 _NUMBERS = (
     *("grad_scale", "found_inf", "measured", "layers", "buckets", "measured_tiles", "tiles"),
-    *("unscale", "phases"),
+    *("unscale", "begins_round", "decides", "phases"),
 )
 
 
@@ -227,7 +224,8 @@ def step_kernel(
     tile_rows, group_rows, layer_rows, scores, verdict, tickets,
     addresses, grad_scale: tl.int64, found_inf: tl.int64,
     measured: tl.int32, layers: tl.int32, buckets: tl.int64,
-    measured_tiles: tl.int32, tiles: tl.int32, unscale: tl.int32, phases: tl.int32,
+    measured_tiles: tl.int32, tiles: tl.int32, unscale: tl.int32,
+    begins_round: tl.int32, decides: tl.int32, phases: tl.int32,
     DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
 ):  # fmt: skip
     """``phases`` has the bits MEASURE and MULTIPLY; both only if all programs run at one time.
@@ -248,10 +246,10 @@ def step_kernel(
     if phases & MEASURE:
         if skipped:
             if program == 0:
-                _record_skipped_step(values)
+                skip_call(values, config, begins_round)
                 tl.store(verdict, inverse * 0.0)
         else:
-            factor = active_factor(values, config)
+            factor = active_factor(values, config, begins_round)
             for tile in range(program, tl.where(norm, tiles, measured_tiles), programs):
                 tensor = tl.load(tile_tensor + tile).to(tl.int64)
                 layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
@@ -276,7 +274,7 @@ def step_kernel(
             if _is_last(tickets + PROGRAMS, programs):
                 _conclude(
                     values, parity, config, tensors, layer_rows, scores, verdict, tickets,
-                    addresses, found_inf, measured, layers,
+                    addresses, found_inf, measured, layers, begins_round, decides,
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.atomic_add(tickets + GENERATION, 1, sem="release", scope="gpu")

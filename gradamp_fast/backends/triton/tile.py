@@ -64,6 +64,16 @@ def _narrow(x, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr):
 
 
 @triton.jit
+def _product(x, factor, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr):
+    """Rounded once. In fp16 what was finite stays so: it stops at the largest number."""
+    y = x * factor
+    if ELEMENT == tl.float16:
+        limit = tl.maximum(tl.abs(x), 65504.0)
+        y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))
+    return _narrow(y, ELEMENT, BY_BITS)
+
+
+@triton.jit
 def _at(address, alignment: tl.constexpr, ELEMENT: tl.constexpr):
     """A pointer from an integer, which knows nothing of its alignment unless told."""
     return tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), alignment)
@@ -217,7 +227,7 @@ def measure_elements(
             runs = buckets + (begin >> bucket_log2)
             _store_buckets(signed, runs, bucket_log2, count - begin)
         if factor != 1:
-            y = tl.reshape(_narrow(x * factor, ELEMENT, BY_BITS), [BLOCK])
+            y = tl.reshape(_product(x, factor, ELEMENT, BY_BITS), [BLOCK])
             _store(part, offsets, y, aligned, ELEMENT, VECTOR)
     if full < count:
         left = count - full
@@ -235,7 +245,7 @@ def measure_elements(
             runs = buckets + (full >> bucket_log2)
             _store_buckets(signed, runs, bucket_log2, left)
         if factor != 1:
-            y = tl.reshape(_narrow(x * factor, ELEMENT, BY_BITS), [BLOCK])
+            y = tl.reshape(_product(x, factor, ELEMENT, BY_BITS), [BLOCK])
             tl.store(pointer + offsets, y, mask=valid)
 
     tl.store(row + ROW_COUNT, count.to(tl.float64))
@@ -261,13 +271,13 @@ def multiply_elements(
         for begin in range(0, full, BLOCK):
             part = address + begin * BYTES
             x = _widen(_load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
-            y = _narrow(x * factor, ELEMENT, BY_BITS)
+            y = _product(x, factor, ELEMENT, BY_BITS)
             _store(part, offsets, y, aligned, ELEMENT, VECTOR)
         if full < count:
             valid = offsets < count - full
             pointer = _at(address + full * BYTES, BYTES, ELEMENT)
             x = _widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
-            tl.store(pointer + offsets, _narrow(x * factor, ELEMENT, BY_BITS), mask=valid)
+            tl.store(pointer + offsets, _product(x, factor, ELEMENT, BY_BITS), mask=valid)
 
 
 @triton.jit
