@@ -24,7 +24,7 @@ from gradamp_fast.reference.state import State
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 ORDER = ("measure", "threshold", "threshold_value", "select", "exact", "match_norm", "max_norm")
-ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed")
+ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed", "grow", "max_factor")
 
 # Assembly, and shared memory whose size the launch says, in what the host's compiler takes. The
 # memory orders are those that stand in the assembly.
