@@ -83,7 +83,7 @@ class GradientAddresses:
             gradient = parameter.grad
             if gradient is not None and gradient.layout != torch.strided:
                 return  # the reader takes care of what is sparse
-            elif view is None or gradient is None:
+            if view is None or gradient is None:
                 known.append(None)
             elif view.data_ptr() == gradient.data_ptr():
                 tag = _TAGS[view.dtype]
