@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,9 @@ class BoundModel:
         self._stepped: weakref.WeakSet[Holding] = weakref.WeakSet()  # in the round under way
         self.handle = next(_HANDLES)
         self._options = options
-        self._model = weakref.ref(unwrap(model))
+        # The callback holds nothing: what it is a method of may be gone before the model.
+        forget = weakref.WeakMethod(self._forget)
+        self._model = weakref.ref(unwrap(model), lambda _: (call := forget()) and call())
         self._state = State(self.plan, options.factor, state_device(self.plan))
         self._backend: backends.Stepping | None = None
         self._excluded: frozenset[int] = frozenset()
@@ -77,6 +80,7 @@ class BoundModel:
         self._warned_empty = False
         self._rising: bool | None = None  # as it stands in the state; None: not known
         self._risers: weakref.WeakSet[Holding] = weakref.WeakSet()
+        self._suspensions = 0
         _BOUND[self.handle] = self
 
     @property
@@ -149,6 +153,8 @@ class BoundModel:
 
     def prepare(self) -> backends.Stepping:
         """The backend, made on first use for the device that the gradients are on."""
+        if self.model is None:
+            raise RuntimeError("the amplifier's model is gone: keep a reference to the model")
         if not self._owned:
             self.look_again(warn=False)  # the model may have changed since
             self._own(self.plan)
@@ -157,7 +163,22 @@ class BoundModel:
                 self._backend = backends.make(
                     self._options.backend, self.plan, self._state, self.rules, self.model
                 )
+            self._backend.suspended = self._suspensions > 0
         return self._backend
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Gradients that are computed meanwhile are left alone."""
+        self._suspend(1)
+        try:
+            yield
+        finally:
+            self._suspend(-1)
+
+    def _suspend(self, by: int) -> None:
+        self._suspensions += by
+        if self._backend is not None:
+            self._backend.suspended = self._suspensions > 0
 
     def _check_scalar(self, name: str, value: object) -> None:
         if value is None:
@@ -186,6 +207,17 @@ class BoundModel:
                 "written (error_if_nonfinite=True)"
             )
 
+    def _forget(self) -> None:
+        """The model is gone: its parameters are let go, what was measured can still be read."""
+        self.settled_state()
+        self._backend = None
+        for holding in self.holdings:
+            holding.let_go()
+        for identity in self._owned:
+            _OWNERS.pop(identity, None)
+        self._owned = []
+        self.plan = self.plan.without_parameters()
+
     # ---- the state ------------------------------------------------------------------
 
     def settled_state(self) -> State:
@@ -213,12 +245,13 @@ class BoundModel:
         ValueError, with everything as it was, as ``find_layers`` does, and for a parameter that
         another one owns. With sharded parameters a collective.
         """
-        model, plan = self.model, self.plan
-        if model is not None:
-            bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
-            plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
-            self._skeleton = Skeleton(model)
-            self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
+        model = self.model
+        if model is None:
+            return
+        bound = {id(slot.parameter) for slot in self.plan.slots} if self._owned else ()
+        plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
+        self._skeleton = Skeleton(model)
+        self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
         self._unlooked = 0
         device = state_device(plan)
         state = self.settled_state()  # whether anything changed or not, as all processes do it

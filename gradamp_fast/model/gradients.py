@@ -186,8 +186,8 @@ def _check(slot: Slot, gradient: Tensor, needs_norm: bool) -> None:
         )
     if gradient.is_inference():
         raise TypeError(
-            f"{what} was made under torch.inference_mode and cannot be changed: make it outside "
-            "of that, or assign its clone()"
+            f"{what} was made under torch.inference_mode and cannot be changed: make it outside, "
+            "or assign its clone()"
         )
     if gradient.layout != torch.strided and (slot.layer >= 0 or needs_norm):
         fix = "leave max_norm and match_norm out" if slot.layer < 0 else "exclude it"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch.nn import Parameter
 
 from .shards import Shard, local, shard_of
@@ -99,6 +100,12 @@ class Plan:
     def sharded(self) -> bool:
         """Whether gradients are spread over processes."""
         return any(slot.shard is not None for slot in self.slots)
+
+    def without_parameters(self) -> Plan:
+        """The same with stand-ins, of no size, for the parameters."""
+        nothing = Parameter(torch.empty(0, device="cpu"), requires_grad=False)
+        slots = tuple(replace(slot, parameter=nothing) for slot in self.slots)
+        return replace(self, slots=slots, watched=())
 
     def laid_out_like(self, other: Plan) -> bool:
         """Whether a state of one is a state of the other."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -30,7 +29,6 @@ WRAPPERS = {
 }
 
 
-@functools.cache
 def _wrapped_child(kind: type[nn.Module]) -> str | None:
     """Name of the child that a class wraps; None if it is no wrapper."""
     keys = ((base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__)
@@ -57,11 +55,15 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
     seen: set[int] = set()
     clean: dict[str, str] = {}  # of each module's path
     inserted: set[str] = set()
+    wrapped: dict[type[nn.Module], str | None] = {}
     for path, module in model.named_modules():
         parent, _, own = path.rpartition(".")
         prefix = clean.get(parent, "")
         clean[path] = prefix if path in inserted else f"{prefix}.{own}" if prefix else own
-        if child := _wrapped_child(type(module)):
+        kind = type(module)
+        if kind not in wrapped:
+            wrapped[kind] = _wrapped_child(kind)
+        if child := wrapped[kind]:
             inserted.add(f"{path}.{child}" if path else child)
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
