@@ -16,8 +16,10 @@ namespace gradamp {
 
 // What a step did; all but kDone: nothing. kRebind: the model may have changed. kUnusual:
 // Python looks closer, for it holds the rules of what a gradient may be and the errors that
-// name a parameter. The first three are those of gradients.Outcome.
-enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3 };
+// name a parameter. kMembers: it looks closer too, for a member of some layer joins, leaves, lies in
+// another memory order, or has lacked a gradient for long; then it asks for the step again. The
+// first three are those of gradients.Outcome.
+enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3, kMembers = 4 };
 
 class __attribute__((visibility("hidden"))) Stepper {
  public:
@@ -25,14 +27,15 @@ class __attribute__((visibility("hidden"))) Stepper {
   Stepper(std::vector<py::object> parameters, std::vector<py::object> watched,
        const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
        int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
-       at::Tensor parity);
+       at::Tensor parity, const py::buffer& members, const py::buffer& lacking);
 
   // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
   // Unless `walked`, a parameter that had a gradient on its last step and has none now asks
-  // for a walk of the model.
+  // for a walk of the model. `members_known`: who is a member has been looked at in Python.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
-               const std::optional<py::bytes>& only, bool walked, Turn turn);
+               const std::optional<py::bytes>& only, bool walked, Turn turn,
+               bool members_known);
 
   // The same with flat dense gradients given, one for each parameter. `sums`, fp64
   // [layers + 1, 8]: StepInputs.sums.
@@ -45,6 +48,9 @@ class __attribute__((visibility("hidden"))) Stepper {
 
  private:
   Outcome collect(const char* only, bool walked);
+  // Takes note of who is a member of its layer; false: Python has to.
+  bool look_at_members(const char* only);
+  bool lies_as_before(size_t index) const;
   // False: not a gradient that the engine can take as it is.
   bool take(size_t index, const at::Tensor& gradient);
   Outcome run(const std::optional<at::Tensor>& grad_scale,
@@ -56,6 +62,9 @@ class __attribute__((visibility("hidden"))) Stepper {
   std::vector<py::object> watched_;
   std::vector<int64_t> numel_;
   std::vector<uint8_t> had_gradient_;
+  std::vector<int32_t> layer_;           // of each tensor; -1: excluded
+  py::buffer_info members_, lacking_;    // `flags` and `lacking` of model/members.py
+  std::vector<std::vector<int64_t>> strides_;  // of gradients whose flag is 2, when last looked at
   int64_t sums_numel_;
   at::Tensor values_, sketch_, parity_;
   std::unique_ptr<Engine> engine_;

@@ -96,7 +96,7 @@ class Attachment:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)
             call = Call(scale, getattr(optimizer, "found_inf", None), unscale=False)
-        ops.step(self._bound, call, self._holding.only)
+        ops.step(self._bound, call, self._holding)
 
 
 def after_backward(

@@ -16,9 +16,10 @@ from .call import Call, Outcome
 from .model.gradients import GradientReader, state_device
 from .model.optimizers import Holding
 from .model.plan import Plan
+from .model.rounds import Rounds
 from .model.walk import find_layers, unwrap
 from .options import Options
-from .reference import nonfinite_layers
+from .reference import end_round, nonfinite_layers
 from .reference.state import State
 
 _OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
@@ -63,6 +64,8 @@ class BoundModel:
         self._state = State(self.plan, options.factor, state_device(self.plan))
         self._backend: backends.Stepping | None = None
         self._excluded: frozenset[int] = frozenset()
+        self._shares: dict[int, int] = {}
+        self._rounds = Rounds()
         self._owned: list[int] = []
         self._warned_empty = False
         _BOUND[self.handle] = self
@@ -79,10 +82,12 @@ class BoundModel:
 
     # ---- steps ----------------------------------------------------------------------
 
-    def step(self, call: Call, mask: Mask | None) -> None:
-        """One step; ``mask`` gives ``Call.only`` for whichever plan is bound when it is taken.
+    def step(self, call: Call, holding: Holding | None = None, mask: Mask | None = None) -> None:
+        """One step, of an optimizer's part if there is a holding, else of the whole model.
 
-        Raises RuntimeError, TypeError and ValueError as ``Amplifier.step`` says.
+        ``mask`` gives ``Call.only`` for whichever plan is bound when it is taken, if that is not
+        what the optimizer holds. Raises RuntimeError, TypeError and ValueError as
+        ``Amplifier.step`` says.
         """
         if self.epoch < 0 and self.rules.needs_epochs:
             raise RuntimeError(
@@ -93,12 +98,23 @@ class BoundModel:
             self._check_scalar("grad_scale", call.grad_scale)
             self._check_scalar("found_inf", call.found_inf)
         backend = self._backend or self.prepare()
+        if mask is None and holding is not None:
+            mask = holding.only
         if mask is not None:
             call = call._replace(only=mask(self.plan))
+        call = self._rounds.place(call, holding, self.holdings)
+        if call.begins_round and self._rounds.undecided:
+            self._end_round()
+        if self.rules.exact:
+            call = call._replace(decides=True)  # what the call itself measured is what it acts upon
+        outcome = self._step(backend, call, mask)
+        self._rounds.made(call, holding, empty=outcome is Outcome.EMPTY)
+
+    def _step(self, backend: backends.Stepping, call: Call, mask: Mask | None) -> Outcome:
         self._raise_if_nonfinite(backend, call)
         outcome = backend.step(call)
         if outcome is Outcome.DONE or (outcome is Outcome.EMPTY and self._warned_empty):
-            return
+            return outcome
         self.look_again()
         only = None if mask is None else mask(self.plan)
         call, backend = call._replace(only=only, walked=True), self.prepare()
@@ -109,8 +125,15 @@ class BoundModel:
             self._warned_empty = True
             warnings.warn(
                 "no parameter has a gradient: was the amplifier called before backward()?",
-                stacklevel=4,
+                stacklevel=5,
             )
+        return outcome
+
+    def _end_round(self) -> None:
+        """Decides, where that is due, for a round in which not every optimizer stepped."""
+        end_round(self.settled_state(), self.rules)
+        self._rounds.undecided = False
+        self.written()
 
     def prepare(self) -> backends.Stepping:
         """The backend, made on first use for the device that the gradients are on."""
@@ -178,7 +201,9 @@ class BoundModel:
         model, plan = self.model, self.plan
         if model is not None:
             bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
-            plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
+            plan = find_layers(
+                model, self._options, self._excluded, bound, self._shares, check_names=False
+            )
         device = state_device(plan)
         if plan.serves_the_same(self.plan) and device == self.device:
             return
@@ -236,7 +261,7 @@ class BoundModel:
         """From here on what the optimizer does not want amplified is left out; all or nothing."""
         self.holdings.add(holding)
         try:
-            self._exclude_unwanted()
+            self._heed_optimizers()
         except ValueError:
             self.holdings.discard(holding)
             raise
@@ -244,22 +269,29 @@ class BoundModel:
     def leave(self, holding: Holding) -> None:
         """The optimizer's wishes no longer count."""
         self.holdings.discard(holding)
-        self._exclude_unwanted()
+        self._heed_optimizers()
 
     def follow(self, holding: Holding) -> bool:
         """Looks at the optimizer's groups again; whether they changed."""
         changed = holding.changed()
         if changed:
-            self._exclude_unwanted()
+            self._heed_optimizers()
         return changed
 
-    def _exclude_unwanted(self) -> None:
-        unwanted = frozenset().union(*(h.unwanted() for h in self.holdings if h.active))
-        if unwanted == self._excluded:
+    def _heed_optimizers(self) -> None:
+        """Leaves out what they do not want amplified; each one's share of a layer is its own."""
+        active = sorted((h for h in self.holdings if h.active), key=lambda h: h.number)
+        unwanted = frozenset().union(*(h.unwanted() for h in active))
+        shares: dict[int, int] = {}
+        for holding in active if len(active) > 1 else ():
+            for parameter in holding.parameters():
+                shares.setdefault(parameter, holding.number)
+        if (unwanted, shares) == (self._excluded, self._shares):
             return
-        before, self._excluded = self._excluded, unwanted
+        before = self._excluded, self._shares
+        self._excluded, self._shares = unwanted, shares
         try:
             self.look_again(warn=False)
         except ValueError:
-            self._excluded = before
+            self._excluded, self._shares = before
             raise

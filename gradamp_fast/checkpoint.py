@@ -15,8 +15,9 @@ from .model.shards import group_of
 from .options import Options
 from .reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 
-SCHEMA = 2
+SCHEMA = 3
 _KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
+_KEYS += ("members",)
 
 
 def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
@@ -26,8 +27,10 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     ``state``; ``layers``, name to number of elements; ``state``: fp64 [globals + layers x
     fields]; ``sketches``: parameter name to the running means of its buckets, fp32 [buckets];
     ``cuts``: of each sharded parameter name, how it is cut, where its parts start, and how many
-    buckets each has. With sharded parameters a collective.
+    buckets each has; ``members``: name of each parameter that is a member of its layer to the order
+    of its dimensions in memory, None if that is row-major. With sharded parameters a collective.
     """
+    members = state.members
     sketches, cuts = _put_together(plan, state.means(plan, torch.device("cpu")))
     return {
         "schema": SCHEMA,
@@ -38,6 +41,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
         "state": state.values.detach().cpu().clone(),
         "sketches": sketches,
         "cuts": cuts,
+        "members": {
+            slot.name: None if order is None else list(order)
+            for slot, flag, order in zip(plan.slots, members.flags, members.orders, strict=False)
+            if flag
+        },
     }
 
 
@@ -65,6 +73,11 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     order = {name: index for index, name in enumerate(stored["layers"])}
     state.layers.copy_(rows[[order[name] for name in plan.layers]])
     state.take_means(plan, parts)
+    state.members.clear()
+    for index, slot in enumerate(plan.slots[: plan.measured]):
+        if slot.name in stored["members"]:
+            order = stored["members"][slot.name]
+            state.members.set(index, None if order is None else tuple(order))
     return int(values[GLOBAL_FIELDS.index("epoch")])
 
 

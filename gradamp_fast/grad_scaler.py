@@ -70,7 +70,7 @@ class GradScaler(torch.amp.GradScaler):
         return super().step(optimizer, *args, **kwargs)
 
     def _amplify(self, optimizer: Optimizer) -> None:
-        ops.step(self.amplifier.bound, Call(), self._holding(optimizer).only)
+        ops.step(self.amplifier.bound, Call(), self._holding(optimizer))
 
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -113,7 +113,7 @@ class GradScaler(torch.amp.GradScaler):
 
         assert self._scale is not None
         scale = self._scale.to(device, non_blocking=True)
-        ops.step(bound, Call(scale, total, unscale=not allow_fp16), only)
+        ops.step(bound, Call(scale, total, unscale=not allow_fp16), holding, only)
         return {**found, device: total}
 
     def _holding(self, optimizer: Optimizer) -> _Split:

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import bound_model
 from .bound_model import BoundModel, Mask
 from .call import Call
+from .model.optimizers import Holding
 
 
 def compiling() -> bool:
@@ -15,16 +16,23 @@ def compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def step(bound: BoundModel, call: Call, mask: Mask | None = None) -> None:
-    """One step of a bound model, or the call that stands for it in a graph."""
+def step(
+    bound: BoundModel, call: Call, holding: Holding | None = None, mask: Mask | None = None
+) -> None:
+    """One step of a bound model, or the call that stands for it in a graph.
+
+    ``holding`` and ``mask`` as ``BoundModel.step`` takes them.
+    """
     if compiling():
-        traced_step(bound, call if mask is None else call._replace(only=mask(bound.plan)))
+        only = holding.only if mask is None and holding is not None else mask
+        call = call if only is None else call._replace(only=only(bound.plan))
+        traced_step(bound, call, None if holding is None else holding.number)
     else:
-        bound.step(call, mask)
+        bound.step(call, holding, mask)
 
 
-def traced_step(bound: BoundModel, call: Call) -> None:
-    """The call that stands in the graph."""
+def traced_step(bound: BoundModel, call: Call, holding: int | None = None) -> None:
+    """The call that stands in the graph; ``holding``: its number."""
     if bound.plan.sharded:
         raise RuntimeError(
             "a step over DTensor gradients waits for other processes and cannot be compiled: call "
@@ -40,7 +48,7 @@ def traced_step(bound: BoundModel, call: Call) -> None:
             gradients.append(gradient)
     operator(
         bound.handle, present, left_out, gradients, state.values, state.sketch, state.parity,
-        call.grad_scale, call.found_inf, call.unscale,
+        call.grad_scale, call.found_inf, call.unscale, holding,
     )  # fmt: skip
 
 
@@ -59,6 +67,7 @@ def operator(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     unscale: bool,
+    holding: int | None,
 ) -> None:
     """A step on what the graph holds: ``gradients`` of the slots in ``present``.
 
@@ -83,6 +92,7 @@ def operator(
             parameter.grad = gradient
         bound.step(
             Call(grad_scale, found_inf, unscale),
+            next((h for h in bound.holdings if h.number == holding), None),
             lambda plan: only if plan.slots is slots else None,
         )
     finally:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Iterator
+from typing import ClassVar
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -14,12 +17,15 @@ class Holding:
     """The parameters that one optimizer holds; its groups are looked at again by ``changed``.
 
     Attributes:
+        number: in the order in which they were made.
         hook: by which the optimizer's steps amplify; None if something else calls the steps.
     """
 
     hook: RemovableHandle | None = None
+    _count: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self.number = next(self._count)
         self._optimizer = weakref.ref(optimizer)
         self._seen = _groups(optimizer)
         self._mask: tuple[Plan, bytes | None] | None = None

@@ -80,8 +80,8 @@ class EmulatedBackend(Measuring):
     launches: ClassVar[int] = 0  # of the last step
 
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
-        self.reader = GradientReader(plan, state.device)
-        self.state = state
+        self.reader = GradientReader(plan, state.device, state.members)
+        self.plan, self.state = plan, state
         numbers: dict[str, Any] = for_kernel(rules)
         values = [float(numbers[name]) for name in ORDER] + [float(len(numbers["windows"]))]
         windows = [number for window in numbers["windows"] for number in window]
@@ -111,6 +111,7 @@ class EmulatedBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        self.state.begin_anew(self.plan, self.reader.anew)
         self.launch(gradients, call, None)
         self.reader.write_back()
         return Outcome.DONE

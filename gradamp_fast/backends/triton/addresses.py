@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from ...call import Call, Outcome
 from ...model.gradients import DTYPES, GradientReader
+from ...model.members import Members
 from ...model.plan import Plan
 from .columns import DTYPE_SHIFT
 
@@ -34,8 +35,9 @@ class GradientAddresses:
     is not looked at again: that takes far longer than the launch.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.reader = GradientReader(plan, device)
+    def __init__(self, plan: Plan, device: torch.device, members: Members) -> None:
+        self.plan, self.members = plan, members
+        self.reader = GradientReader(plan, device, members)
         self.device = device
         self.words: list[int] = []
         self._gradients: list[Tensor] = []  # that were read last, until they are written
@@ -54,7 +56,9 @@ class GradientAddresses:
 
     def read(self, call: Call) -> Outcome:
         """Fills ``words`` and ``gradients``; raises what the reader raises."""
+        self.reader.anew = []
         if self._as_before(call.only):
+            self.members.again(self.plan)
             return Outcome.DONE
         self._known = None
         flat = self.reader.read(call)
