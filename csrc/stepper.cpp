@@ -193,8 +193,8 @@ Outcome Stepper::collect(const char* only, bool walked) {
 bool Stepper::lies_as_before(size_t index) const {
   const auto* flags = static_cast<const uint8_t*>(members_.ptr);
   const at::Tensor& gradient = gradients_[index];
-  if (flags[index] != 2) return gradient.is_contiguous();
-  return !gradient.is_contiguous() && gradient.strides() == strides_[index];
+  if (flags[index] < 2) return gradient.is_contiguous();
+  return flags[index] == 2 && !gradient.is_contiguous() && gradient.strides() == strides_[index];
 }
 
 bool Stepper::look_at_members(const char* only) {

@@ -27,8 +27,9 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     ``state``; ``layers``, name to number of elements; ``state``: fp64 [globals + layers x
     fields]; ``sketches``: parameter name to the running means of its buckets, fp32 [buckets];
     ``cuts``: of each sharded parameter name, how it is cut, where its parts start, and how many
-    buckets each has; ``members``: name of each parameter that is a member of its layer to the order
-    of its dimensions in memory, None if that is row-major. With sharded parameters a collective.
+    buckets each has; ``members``: of each parameter that is a member of its layer its name and the
+    order of its dimensions in memory, None if that is row-major. With sharded parameters a
+    collective.
     """
     members = state.members
     sketches, cuts = _put_together(plan, state.means(plan, torch.device("cpu")))
@@ -41,11 +42,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
         "state": state.values.detach().cpu().clone(),
         "sketches": sketches,
         "cuts": cuts,
-        "members": {
-            slot.name: None if order is None else list(order)
+        "members": [
+            [slot.name, None if order is None else list(order)]
             for slot, flag, order in zip(plan.slots, members.flags, members.orders, strict=False)
             if flag
-        },
+        ],
     }
 
 
@@ -74,10 +75,11 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     state.layers.copy_(rows[[order[name] for name in plan.layers]])
     state.take_means(plan, parts)
     state.members.clear()
+    orders = dict(stored["members"])
     for index, slot in enumerate(plan.slots[: plan.measured]):
-        if slot.name in stored["members"]:
-            order = stored["members"][slot.name]
-            state.members.set(index, None if order is None else tuple(order))
+        if slot.name in orders:
+            order = orders[slot.name]
+            state.members.set(index, None if order is None else tuple(order), seen=False)
     return int(values[GLOBAL_FIELDS.index("epoch")])
 
 

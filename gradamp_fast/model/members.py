@@ -24,28 +24,33 @@ class Members:
 
     Attributes:
         flags: of each measured slot: 0 if it is no member, 1 if it is one whose elements lie in
-            row-major order, 2 if in another. The compiled stepper reads and writes them.
+            row-major order, 2 if in another, 3 if in another that no step has seen. The compiled
+            stepper reads and writes them.
         orders: of each measured slot, the dimensions from the outermost in memory to the
             innermost; None for row-major order.
         lacking: of each layer, how many steps in a row had some of its gradients, but not all.
             Written by the compiled stepper as well.
+        restored: how often all this was forgotten, or came out of a checkpoint.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.flags = bytearray(plan.measured)
         self.orders: list[Order] = [None] * plan.measured
         self.lacking = array("q", [0] * len(plan.layers))
+        self.restored = 0
         self._incomplete: list[int] = []  # layers, in the step that was looked at last
         self._warned = False
 
     def clear(self) -> None:
+        self.restored += 1
         for index in range(len(self.flags)):
             self.flags[index], self.orders[index] = 0, None
         for layer in range(len(self.lacking)):
             self.lacking[layer] = 0
 
-    def set(self, index: int, order: Order) -> None:
-        self.flags[index], self.orders[index] = 1 if order is None else 2, order
+    def set(self, index: int, order: Order, seen: bool = True) -> None:
+        self.flags[index] = 1 if order is None else 2 if seen else 3
+        self.orders[index] = order
 
     def numel(self, plan: Plan, layer: int) -> int:
         """Elements of a layer's members, wherever they are."""

@@ -47,6 +47,7 @@ class GradientAddresses:
         self._watched: tuple[Parameter, ...] = plan.watched
         self._only: bytes | None = None
         self._known: list[_Known | None] | None = None  # of each parameter; None: no gradient
+        self._restored = 0
         self.expect(self._parameters)
 
     def expect(self, tensors: list[Parameter] | list[Tensor]) -> None:
@@ -93,9 +94,10 @@ class GradientAddresses:
             else:  # a copy: it is the reader that writes it back
                 return
         self._only, self._known = only, known
+        self._restored = self.members.restored
 
     def _as_before(self, only: bytes | None) -> bool:
-        if self._known is None or only != self._only:
+        if self._known is None or only != self._only or self._restored != self.members.restored:
             return False
         if any(parameter.requires_grad for parameter in self._watched):
             return False
