@@ -69,7 +69,6 @@ class Layer:
         self.V = self.Q = self.D = self.F = self.R = 0.0
         self.means.clear()
 
-
     def meet(self, names: set[str]) -> None:
         """Those have a gradient now; one that never had one makes the layer begin anew."""
         if self.members and names - self.members:

@@ -54,7 +54,7 @@ class Members:
 
     def numel(self, plan: Plan, layer: int) -> int:
         """Elements of a layer's members, wherever they are."""
-        return sum(s.total for s, f in zip(plan.slots, self.flags, strict=False) if f and s.layer == layer)
+        return sum(plan.slots[index].total for index in plan.slots_of[layer] if self.flags[index])
 
     def look(
         self, plan: Plan, gradients: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -122,10 +122,12 @@ def order_of(gradient: Tensor) -> Order:
     That is the order in which a step takes the elements: row-major too for a gradient that it
     copies.
     """
-    if gradient.is_contiguous() or gradient.is_conj() or gradient.is_neg() or not is_dense(gradient):
+    copied = gradient.is_conj() or gradient.is_neg() or not is_dense(gradient)
+    if copied or gradient.is_contiguous():
         return None
-    strides, sizes = gradient.stride(), gradient.shape
-    return tuple(sorted((d for d in range(gradient.ndim) if sizes[d] > 1), key=lambda d: -strides[d]))
+    strides = gradient.stride()
+    longer = [dim for dim, size in enumerate(gradient.shape) if size > 1]
+    return tuple(sorted(longer, key=lambda dim: -strides[dim]))
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -150,9 +150,7 @@ def _aligned(buckets: int) -> int:
     return -(-buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
 
 
-def make_plan(
-    members: Sequence[Member], watched: Iterable[Parameter]
-) -> Plan:
+def make_plan(members: Sequence[Member], watched: Iterable[Parameter]) -> Plan:
     """A plan from parameters in model order."""
     layers = list(dict.fromkeys(layer for _, _, layer in members if layer is not None))
     index = {name: number for number, name in enumerate(layers)}

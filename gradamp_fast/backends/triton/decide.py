@@ -115,9 +115,7 @@ def active_factor(values, config, begins_round):
     unit = tl.load(config + CONFIG_UNIT)
     active = factor
     if unit != ALWAYS:
-        now = tl.where(
-            unit == BY_EPOCH, tl.load(values + EPOCH), step_number(values, begins_round)
-        )
+        now = tl.where(unit == BY_EPOCH, tl.load(values + EPOCH), step_number(values, begins_round))
         active = factor * 0.0 + 1.0
         for i in range(tl.load(config + CONFIG_WINDOWS).to(tl.int32)):
             window = config + CONFIG_WINDOWS + 1 + i * 3
@@ -243,7 +241,7 @@ def _threshold(config, scores, layers):
 
 @triton.jit
 def decide(values, config, scores, layers, decision, step):
-    """Chooses anew, in step ``step``, which layers are amplified; ``decision`` numbers the draws."""
+    """Chooses anew in that step which layers are amplified; ``decision`` numbers the draws."""
     _store_scores(values, config, scores, layers, decision)
     tl.debug_barrier()
     tau = _threshold(config, scores, layers)
