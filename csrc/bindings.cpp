@@ -8,6 +8,7 @@
 #if defined(GRADAMP_WITH_CUDA)
 #include "cuda/engine.h"
 #endif
+#include "rules/decide.h"
 #include "stepper.h"
 
 namespace {
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("GLOBAL_FIELDS") = names(kGlobals);
   m.attr("LAYER_FIELDS") = names(kLayers);
   m.attr("ENUMS") = enums;
+  m.attr("GROWTH") = py::make_tuple(gradamp::kLow, gradamp::kSurge, gradamp::kEarly);
   m.def("instruction_set", &gradamp::cpu::instruction_set, "What the CPU backend uses here.");
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
         "Why the CUDA kernels cannot run on that GPU (-1: the current one), with the fix; None if "
@@ -81,5 +83,9 @@ PYBIND11_MODULE(_C, m) {
              return static_cast<int>(
                  stepper.step_gradients(std::move(gradients), grad_scale, found_inf, unscale,
                                         {begins_round, decides}, sums));
-           });
+           })
+      .def("settle", &Stepper::settle,
+           "What is done next on the current stream sees the state as the last step left it.")
+      .def("written", &Stepper::written,
+           "The next step sees what was written to the state on the current stream.");
 }

@@ -44,6 +44,10 @@ class Engine {
  public:
   virtual ~Engine() = default;
   virtual void step(const StepInputs& in) = 0;
+  // Whatever the caller does next, where it would step now, sees what the last step left.
+  virtual void settle() {}
+  // The next step sees what the caller wrote to the state, where it would step now.
+  virtual void written() {}
   virtual void stress(const Stress&) {}
 };
 

@@ -41,6 +41,8 @@ Config read_config(const py::dict& options, const std::vector<Window>& windows) 
   c.min_steps = number("min_steps");
   c.refresh = static_cast<int64_t>(number("refresh"));
   c.seed = options["seed"].cast<uint32_t>();
+  c.grow = options["grow"].cast<bool>();
+  c.max_factor = number("max_factor");
   return c;
 }
 
@@ -152,7 +154,8 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
   };
 #if defined(GRADAMP_WITH_CUDA)
   if (values_.is_cuda()) {
-    engine_ = cuda::make_engine(tiling(cuda::kTileElements), config, state, values_.device());
+    engine_ = cuda::make_engine(tiling(cuda::kTileElements), config, state,
+                                {values_, sketch_, parity_}, values_.device());
     return;
   }
 #endif
@@ -160,10 +163,30 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
   engine_ = cpu::make_engine(tiling(cpu::kTileElements), config, state, torch_threads());
 }
 
+// One step at a time: another thread may come in while the engine runs without Python's lock.
+class Stepper::Exclusive {
+ public:
+  explicit Exclusive(Stepper& stepper) : stepper_(stepper) {
+    TORCH_CHECK(!stepper_.stepping_.exchange(true),
+                "gradamp_fast: another thread is in a step of this Amplifier: step it from one "
+                "thread at a time");
+  }
+  ~Exclusive() {
+    stepper_.release();
+    stepper_.stepping_ = false;
+  }
+  Exclusive(const Exclusive&) = delete;
+  Exclusive& operator=(const Exclusive&) = delete;
+
+ private:
+  Stepper& stepper_;
+};
+
 bool Stepper::take(size_t index, const at::Tensor& gradient) {
   const std::optional<DType> dtype = dtype_of(gradient);
   if (!dtype || gradient.layout() != at::kStrided || gradient.device() != values_.device() ||
-      gradient.numel() != numel_[index] || gradient.is_neg() || is_subclass(gradient) ||
+      gradient.numel() != numel_[index] || gradient.is_neg() || gradient.is_inference() ||
+      is_subclass(gradient) ||
       !gradient.unsafeGetTensorImpl()->is_non_overlapping_and_dense())
     return false;
   gradients_[index] = gradient;
@@ -184,10 +207,25 @@ Outcome Stepper::collect(const char* only, bool walked) {
       if (!take(i, gradient)) return Outcome::kUnusual;
       any = true;
     } else if (had_gradient_[i] && !walked) {
-      return Outcome::kRebind;
+      return Outcome::kMissing;
     }
   }
-  return any ? Outcome::kDone : Outcome::kEmpty;
+  if (!any) return Outcome::kEmpty;
+  return overlap() ? Outcome::kUnusual : Outcome::kDone;
+}
+
+bool Stepper::overlap() {
+  if (addresses_ == apart_) return false;
+  std::vector<std::pair<const char*, size_t>> stretches;
+  for (const at::Tensor& gradient : gradients_)
+    if (gradient.defined() && gradient.numel() > 0)
+      stretches.emplace_back(static_cast<const char*>(gradient.const_data_ptr()),
+                             gradient.nbytes());
+  std::sort(stretches.begin(), stretches.end());
+  for (size_t i = 1; i < stretches.size(); ++i)
+    if (stretches[i - 1].first + stretches[i - 1].second > stretches[i].first) return true;
+  apart_ = addresses_;
+  return false;
 }
 
 bool Stepper::lies_as_before(size_t index) const {
@@ -237,16 +275,13 @@ Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf, bool unscale,
                    const std::optional<py::bytes>& only, bool walked, Turn turn,
                    bool members_known) {
+  const Exclusive exclusive(*this);
   const char* mask = only ? PyBytes_AS_STRING(only->ptr()) : nullptr;
   TORCH_CHECK(!only || PyBytes_GET_SIZE(only->ptr()) == static_cast<int64_t>(parameters_.size()),
               "`only` needs one byte for each parameter");
-  Outcome outcome = collect(mask, walked);
-  if (outcome == Outcome::kDone && !members_known && !look_at_members(mask))
-    outcome = Outcome::kMembers;
-  if (outcome != Outcome::kDone) {
-    release();
-    return outcome;
-  }
+  const Outcome outcome = collect(mask, walked);
+  if (outcome != Outcome::kDone) return outcome;
+  if (!members_known && !look_at_members(mask)) return Outcome::kMembers;
   for (size_t i = 0; i < parameters_.size(); ++i)
     if (!mask || mask[i]) had_gradient_[i] = gradients_[i].defined();
   if (members_known)
@@ -259,6 +294,7 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
                              const std::optional<at::Tensor>& grad_scale,
                              const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                              const std::optional<at::Tensor>& sums) {
+  const Exclusive exclusive(*this);
   TORCH_CHECK_VALUE(gradients.size() == parameters_.size(),
                     "one gradient or None for each parameter");
   TORCH_CHECK_VALUE(!sums || (sums->scalar_type() == at::kDouble && sums->is_contiguous() &&
@@ -276,10 +312,6 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
 Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                   const std::optional<at::Tensor>& sums) {
-  struct Release {
-    Stepper& stepper;
-    ~Release() { stepper.release(); }
-  } release_at_end{*this};
   {
     py::gil_scoped_release unlocked;
     engine_->step({addresses_.data(), dtypes_.data(),

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -14,12 +15,19 @@
 
 namespace gradamp {
 
-// What a step did; all but kDone: nothing. kRebind: the model may have changed. kUnusual:
-// Python looks closer, for it holds the rules of what a gradient may be and the errors that
-// name a parameter. kMembers: it looks closer too, for a member of some layer joins, leaves, lies in
-// another memory order, or has lacked a gradient for long; then it asks for the step again. The
-// first three are those of gradients.Outcome.
-enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kUnusual = 3, kMembers = 4 };
+// What a step did; all but kDone: nothing. kRebind: the model has changed. kMissing: it may
+// have, for a gradient is missing. kUnusual: Python looks closer, for it holds the rules of what
+// a gradient may be and the errors that name a parameter. kMembers: it looks closer too, for a
+// member of some layer joins, leaves, lies in another memory order, or has lacked a gradient for
+// long; then it asks for the step again. The others are those of call.Outcome.
+enum class Outcome : int {
+  kDone = 0,
+  kEmpty = 1,
+  kRebind = 2,
+  kMissing = 3,
+  kUnusual = 4,
+  kMembers = 5
+};
 
 class __attribute__((visibility("hidden"))) Stepper {
  public:
@@ -30,8 +38,8 @@ class __attribute__((visibility("hidden"))) Stepper {
        at::Tensor parity, const py::buffer& members, const py::buffer& lacking);
 
   // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
-  // Unless `walked`, a parameter that had a gradient on its last step and has none now asks
-  // for a walk of the model. `members_known`: who is a member has been looked at in Python.
+  // Unless `walked`, a parameter that had a gradient on its last step and has none now ends in
+  // kMissing. `members_known`: who is a member has been looked at in Python.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
                const std::optional<py::bytes>& only, bool walked, Turn turn,
@@ -44,9 +52,15 @@ class __attribute__((visibility("hidden"))) Stepper {
                          const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                          const std::optional<at::Tensor>& sums);
 
+  // Whatever is done next on the current stream sees the state as the last step left it.
+  void settle() { engine_->settle(); }
+  // The next step sees what was written to the state on the current stream.
+  void written() { engine_->written(); }
+
   void stress(const Stress& stress) { engine_->stress(stress); }
 
  private:
+  class Exclusive;
   Outcome collect(const char* only, bool walked);
   // Takes note of who is a member of its layer; false: Python has to.
   bool look_at_members(const char* only);
@@ -56,6 +70,8 @@ class __attribute__((visibility("hidden"))) Stepper {
   Outcome run(const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
               const std::optional<at::Tensor>& sums);
+  // Whether two gradients share memory. Looked at only when addresses are not those of before.
+  bool overlap();
   void release();
 
   std::vector<py::object> parameters_;
@@ -70,10 +86,12 @@ class __attribute__((visibility("hidden"))) Stepper {
   std::unique_ptr<Engine> engine_;
 
   // These hold the step under way; the gradients are let go when it ends.
+  std::atomic<bool> stepping_ = false;
   std::vector<at::Tensor> gradients_;
   std::vector<void*> addresses_;
   std::vector<DType> dtypes_;
   std::vector<uint8_t> written_;
+  std::vector<void*> apart_;  // the addresses that overlap() looked at last
 };
 
 }  // namespace gradamp

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
 from .bound_model import BoundModel
 from .call import Call
+from .learning_rates import LearningRates
 from .model.optimizers import Holding
 
 # Their updates do not change when a layer's gradients are multiplied by a constant.
@@ -24,14 +29,27 @@ _SCALE_INVARIANT = (
 
 def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
     """Warns for an optimizer, known by its class's name or an ancestor's, like Adam."""
-    names = [ancestor.__name__.lower() for ancestor in type(optimizer).__mro__]
-    if any(known in name for name in names for known in _SCALE_INVARIANT):
+    if _is_scale_invariant(optimizer):
         warnings.warn(
             f"{type(optimizer).__name__} divides out the scale of a layer's gradients: a constant "
             "factor changes nothing, and a change of factor acts as a short kick to the learning "
             "rate. Use SGD, or scale learning rates by parameter group instead.",
             stacklevel=stacklevel + 1,
         )
+
+
+def refuse_growth(optimizer: Optimizer) -> None:
+    """ValueError for an optimizer that a factor of its own does not move a layer further under."""
+    if _is_scale_invariant(optimizer):
+        raise ValueError(
+            f"grow=True does nothing under {type(optimizer).__name__}, which divides out the "
+            "scale of a layer's gradients: use SGD, or leave grow out"
+        )
+
+
+def _is_scale_invariant(optimizer: Optimizer) -> bool:
+    names = [ancestor.__name__.lower() for ancestor in type(optimizer).__mro__]
+    return any(known in name for name in names for known in _SCALE_INVARIANT)
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
@@ -59,18 +77,25 @@ class Attachment:
             )
         if bound.attached_to(optimizer):
             raise ValueError("the amplifier is attached to this optimizer already")
+        if bound.rules.grow:
+            refuse_growth(optimizer)
         bound.meet()
         plan, holding = bound.plan, Holding(optimizer)
         ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}
-        if ours.isdisjoint(holding.parameters()):
+        if ours.isdisjoint(holding.parameters):
             raise ValueError("the optimizer holds no parameter of the amplifier's model")
         self._bound, self._holding = bound, holding
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
-        holding.hook = self._hook
+        self._depth = 0  # of calls of step within each other
+        self._rates = LearningRates()
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        )
+        holding.hook = self._hooks[0]
         try:
             bound.join(holding)
         except ValueError:
-            self._hook.remove()
+            self._unhook()
             raise
         warn_if_scale_invariant(optimizer, stacklevel=3)
 
@@ -81,17 +106,35 @@ class Attachment:
 
     def remove(self) -> None:
         """The optimizer's steps no longer amplify."""
-        self._hook.remove()
+        self._unhook()
         self._bound.leave(self._holding)
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """``args`` begins with the optimizer."""
-        return after_backward(partial(self._step, optimizer), args, kwargs)
+        if self._depth > 0 and not ops.compiling():
+            self._depth = _steps_under_way(optimizer)  # one that raised was not counted down
+        self._depth += 1
+        if self._depth == 1:
+            self._once = OneStep(optimizer, partial(self._step, optimizer))
+        return self._once.enter(args, kwargs)
+
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._depth = max(self._depth - 1, 0)
 
     def _step(self, optimizer: Optimizer) -> None:
+        if _makes_state_only(optimizer):
+            return
         self._bound.follow(self._holding)
+        if self._bound.rules.grow and not ops.compiling():
+            self._bound.tell_rising(self._holding, self._rates.rise(optimizer))
         call = Call()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)
@@ -99,22 +142,98 @@ class Attachment:
         ops.step(self._bound, call, self._holding)
 
 
-def after_backward(
-    step: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Steps now, or after each call of the closure if ``optimizer.step``'s arguments hold one.
+class OneStep:
+    """One ``optimizer.step()``: what it begins with is amplified, or what its closure computes.
 
-    ``args`` begins with the optimizer. Returns the arguments with the closure that does so.
+    A subclass that calls ``super().step()`` enters several times, for torch wraps both.
     """
-    if len(args) > 1 and args[1] is not None:
-        return (args[0], partial(_call_and_step, args[1], step), *args[2:]), kwargs
-    if kwargs.get("closure") is not None:
-        return args, {**kwargs, "closure": partial(_call_and_step, kwargs["closure"], step)}
-    step()
-    return None
+
+    def __init__(self, optimizer: Optimizer, amplify: Callable[[], None]) -> None:
+        self._optimizer, self._amplify = optimizer, amplify
+        self._count = 0
+
+    def enter(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Amplifies, unless that was done or a closure is there to do it after each of its calls.
+
+        ``args`` begins with the optimizer. Returns the arguments with the closure that does so.
+        """
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], partial(self._called, args[1]), *args[2:]), kwargs
+        if callable(closure := kwargs.get("closure")):
+            return args, {**kwargs, "closure": partial(self._called, closure)}
+        if self._count == 0:
+            self._now()
+        return None
+
+    def _called(self, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the closure; a call that only looks at the loss leaves the gradients alone."""
+        count, before = self._count, _marks(self._optimizer)
+        out = closure(*args, **kwargs)
+        if self._count == count and (count == 0 or _anything_new(self._optimizer, before)):
+            self._now()
+        return out
+
+    def _now(self) -> None:
+        self._count += 1
+        self._amplify()
 
 
-def _call_and_step(closure: Callable[[], Any], step: Callable[[], None]) -> Any:
-    loss = closure()
-    step()
-    return loss
+_Mark = tuple["weakref.ref[Tensor]", int] | None
+
+
+def _marks(optimizer: Optimizer) -> list[_Mark]:
+    """By which gradients are known again, without holding them."""
+    if ops.compiling():
+        return []
+    gradients = _gradients(optimizer)
+    return [None if g is None else (weakref.ref(g), _version(g)) for g in gradients]
+
+
+def _version(gradient: Tensor) -> int:
+    return 0 if gradient.is_inference() else gradient._version
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor | None]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"]]
+
+
+def _anything_new(optimizer: Optimizer, before: list[_Mark]) -> bool:
+    """Whether some gradient is not what it was; in compiled code always."""
+    if ops.compiling():
+        return True
+    gradients = _gradients(optimizer)
+    return len(gradients) != len(before) or any(
+        g is not None and (mark is None or mark[0]() is not g or mark[1] != _version(g))
+        for g, mark in zip(gradients, before, strict=True)
+    )
+
+
+# What torch makes of every optimizer's ``step``: the function that calls the hooks.
+_CALLS_HOOKS = Optimizer.profile_hook_step(Optimizer.step).__code__
+
+
+def _steps_under_way(optimizer: Optimizer) -> int:
+    """Calls of the optimizer's ``step`` that have not returned, but for the innermost."""
+    frame, found = inspect.currentframe(), -1
+    while frame is not None:
+        if frame.f_code is _CALLS_HOOKS and frame.f_locals["args"][0] is optimizer:
+            found += 1
+        frame = frame.f_back
+    return found
+
+
+def _makes_state_only(optimizer: Optimizer) -> bool:
+    """Whether this is a step that only makes an optimizer's state, as for a checkpoint.
+
+    The learning rate is 0 then, and so are all gradients; where it is not, nothing is looked at.
+    """
+    for group in optimizer.param_groups:
+        rate = group.get("lr", 1.0)
+        if (isinstance(rate, Tensor) and rate.device.type != "cpu") or rate != 0:
+            return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    gradients = [g for g in _gradients(optimizer) if g is not None]
+    return bool(gradients) and not any(bool(g.any()) for g in gradients)

@@ -17,7 +17,7 @@ from .model.gradients import GradientReader, state_device
 from .model.optimizers import Holding
 from .model.plan import Plan
 from .model.rounds import Rounds
-from .model.walk import find_layers, unwrap
+from .model.walk import Skeleton, find_layers, unwrap
 from .options import Options
 from .reference import end_round, nonfinite_layers
 from .reference.state import State
@@ -25,6 +25,8 @@ from .reference.state import State
 _OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _BOUND: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
+_LOOK_EVERY = 100  # steps at most, where nothing else asks for it
+_MODULES_A_STEP = 4  # that are compared on average, so that it takes a few microseconds
 Mask = Callable[[Plan], bytes | None]
 
 
@@ -39,10 +41,13 @@ class BoundModel:
     The model is looked at again (``look_again``)
 
     - at the first step or ``prepare``, from which on its trainable parameters are owned;
-    - when a step finds a parameter that lost its gradient, was unfrozen, moved or changed size,
-      and when it finds no gradient at all, until that has been warned about;
+    - when a step finds a parameter that was unfrozen, moved or changed size;
+    - when its modules or parameters are others than before. That is compared after a step that
+      found no gradient; when one is missing, ever more rarely where that is the rule; and else
+      after as many steps as take little time beside it, at most a hundred;
     - when the loss scale is on another device than the gradients were;
-    - when an optimizer joins, or changes its mind about what it wants amplified;
+    - when an optimizer joins, holds other parameters, or changes its mind about what it wants
+      amplified;
     - when somebody asks: ``Amplifier.rebind``, ``set_epoch`` and ``load_state_dict`` do.
 
     Attributes:
@@ -67,7 +72,13 @@ class BoundModel:
         self._shares: dict[int, int] = {}
         self._rounds = Rounds()
         self._owned: list[int] = []
+        self._skeleton: Skeleton | None = None
+        self._unlooked = 0  # steps since the model was compared
+        self._period = _LOOK_EVERY  # after so many it is compared anyway
+        self._patience = 1  # such steps until a gradient that is missing is a reason to compare
         self._warned_empty = False
+        self._rising: bool | None = None  # as it stands in the state; None: not known
+        self._risers: weakref.WeakSet[Holding] = weakref.WeakSet()
         _BOUND[self.handle] = self
 
     @property
@@ -97,6 +108,10 @@ class BoundModel:
         if call.grad_scale is not None or call.found_inf is not None:
             self._check_scalar("grad_scale", call.grad_scale)
             self._check_scalar("found_inf", call.found_inf)
+        self._unlooked += 1
+        if self._unlooked >= self._period:
+            self._patience = 1
+            self._look_if_changed()
         backend = self._backend or self.prepare()
         if mask is None and holding is not None:
             mask = holding.only
@@ -105,23 +120,34 @@ class BoundModel:
         call = self._rounds.place(call, holding, self.holdings)
         if call.begins_round and self._rounds.undecided:
             self._end_round()
-        if self.rules.exact:
-            call = call._replace(decides=True)  # what the call itself measured is what it acts upon
+        if self.rules.exact and not self.rules.grow:
+            call = call._replace(decides=True)  # by what it measured itself
         outcome = self._step(backend, call, mask)
         self._rounds.made(call, holding, empty=outcome is Outcome.EMPTY)
 
     def _step(self, backend: backends.Stepping, call: Call, mask: Mask | None) -> Outcome:
         self._raise_if_nonfinite(backend, call)
         outcome = backend.step(call)
-        if outcome is Outcome.DONE or (outcome is Outcome.EMPTY and self._warned_empty):
-            return outcome
-        self.look_again()
+        if outcome is not Outcome.DONE:
+            outcome = self._step_again(outcome, call, mask)
+        return outcome
+
+    def _step_again(self, outcome: Outcome, call: Call, mask: Mask | None) -> Outcome:
+        """After a step that came to nothing, with a closer look at the model."""
+        if outcome is Outcome.MISSING:
+            if self._unlooked >= self._patience:
+                self._patience = 1 if self._look_if_changed() else 2 * self._patience
+        elif outcome is Outcome.REBIND or not self._warned_empty:
+            self.look_again()
         only = None if mask is None else mask(self.plan)
         call, backend = call._replace(only=only, walked=True), self.prepare()
         self._raise_if_nonfinite(backend, call)
         outcome = backend.step(call)
+        if outcome is not Outcome.EMPTY:
+            return outcome
+        self._unlooked = _LOOK_EVERY
         unasked = only is not None and 1 not in only  # all of an optimizer's are frozen
-        if outcome is Outcome.EMPTY and not unasked and not self._warned_empty:
+        if not unasked and not self._warned_empty:
             self._warned_empty = True
             warnings.warn(
                 "no parameter has a gradient: was the amplifier called before backward()?",
@@ -141,9 +167,10 @@ class BoundModel:
             self.look_again(warn=False)  # the model may have changed since
             self._own(self.plan)
         if self._backend is None:
-            self._backend = backends.make(
-                self._options.backend, self.plan, self._state, self.rules, self.model
-            )
+            with torch.inference_mode(False):  # what it makes is written outside, too
+                self._backend = backends.make(
+                    self._options.backend, self.plan, self._state, self.rules, self.model
+                )
         return self._backend
 
     def _check_scalar(self, name: str, value: object) -> None:
@@ -186,6 +213,8 @@ class BoundModel:
 
         ``restored``: all of it, the counters included.
         """
+        if restored:
+            self._rising = None
         if self._backend is not None:
             self._backend.follow(restored)
 
@@ -196,7 +225,7 @@ class BoundModel:
 
         Layers keep their state by name. ``warn``: of layers that vanish with theirs. Raises
         ValueError, with everything as it was, as ``find_layers`` does, and for a parameter that
-        another one owns.
+        another one owns. With sharded parameters a collective.
         """
         model, plan = self.model, self.plan
         if model is not None:
@@ -204,8 +233,12 @@ class BoundModel:
             plan = find_layers(
                 model, self._options, self._excluded, bound, self._shares, check_names=False
             )
+            self._skeleton = Skeleton(model)
+            self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
+        self._unlooked = 0
         device = state_device(plan)
-        if plan.serves_the_same(self.plan) and device == self.device:
+        state = self.settled_state()  # whether anything changed or not, as all processes do it
+        if plan.serves_the_same(self.plan) and device == state.device:
             return
         if self._owned:
             self._own(plan)
@@ -219,8 +252,16 @@ class BoundModel:
             )
         self._replace(plan, device)
 
+    def _look_if_changed(self) -> bool:
+        """Looks again if modules or parameters are others than before; whether it did."""
+        self._unlooked = 0
+        changed = self._skeleton is not None and not self._skeleton.stands()
+        if changed:
+            self.look_again()
+        return changed
+
     def _replace(self, plan: Plan, device: torch.device) -> None:
-        state = self.settled_state()
+        state = self._state
         if device != state.device or not plan.laid_out_like(self.plan):
             state = State(plan, self._options.factor, device)
             state.inherit(plan, self._state, self.plan)
@@ -270,21 +311,35 @@ class BoundModel:
         """The optimizer's wishes no longer count."""
         self.holdings.discard(holding)
         self._heed_optimizers()
+        if holding in self._risers:
+            self.tell_rising(holding, False)
 
-    def follow(self, holding: Holding) -> bool:
-        """Looks at the optimizer's groups again; whether they changed."""
-        changed = holding.changed()
-        if changed:
+    def tell_rising(self, holding: Holding, rising: bool | None) -> None:
+        """Whether the optimizer's learning rate rises, if that can be told: then nothing grows.
+
+        Written to the device where it changes what is there.
+        """
+        if rising is None:
+            return
+        (self._risers.add if rising else self._risers.discard)(holding)
+        rises = len(self._risers) > 0
+        if rises != self._rising:
+            self._rising = rises
+            self.settled_state().scalar("rising").fill_(float(rises))
+
+    def follow(self, holding: Holding) -> None:
+        """Before an optimizer's step: what came into its groups is bound, if it is the model's."""
+        if holding.changed():
             self._heed_optimizers()
-        return changed
+            self._look_if_changed()
 
     def _heed_optimizers(self) -> None:
         """Leaves out what they do not want amplified; each one's share of a layer is its own."""
         active = sorted((h for h in self.holdings if h.active), key=lambda h: h.number)
-        unwanted = frozenset().union(*(h.unwanted() for h in active))
+        unwanted = frozenset().union(*(h.unwanted for h in active))
         shares: dict[int, int] = {}
         for holding in active if len(active) > 1 else ():
-            for parameter in holding.parameters():
+            for parameter in holding.parameters:
                 shares.setdefault(parameter, holding.number)
         if (unwanted, shares) == (self._excluded, self._shares):
             return

@@ -17,8 +17,8 @@ class Call(NamedTuple):
             it finds a gradient that is not finite.
         unscale: whether gradients are divided by ``grad_scale``, too; else an optimizer does it.
         only: a byte for each slot of the plan, 0 for one that is left out; None leaves none out.
-        walked: whether the model has just been walked, so that a gradient that went missing is
-            no news.
+        walked: whether the model is known to be as it is bound, so that a gradient that went
+            missing is no news.
         begins_round: whether this is the first call of its round. A step is a round of calls, one
             for each optimizer that is attached.
         decides: whether a decision that is due in this round is taken in this call.
@@ -38,4 +38,5 @@ class Outcome(enum.IntEnum):
 
     DONE = 0
     EMPTY = 1  # no parameter has a gradient: nothing changed
-    REBIND = 2  # the model has changed, or may have: walk it, then step again
+    REBIND = 2  # the model has changed: walk it, then step again
+    MISSING = 3  # a gradient that was there is not, for the model may have changed

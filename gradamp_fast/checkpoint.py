@@ -12,12 +12,16 @@ from torch import Tensor
 from . import reference
 from .model.plan import Plan, Slot
 from .model.shards import group_of
+from .model.walk import WRAPPERS
 from .options import Options
 from .reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 
 SCHEMA = 3
+# What came with schema 3; a state dict of schema 2 is one without growth.
+_NEW_OPTIONS = {"grow": False, "max_factor": None}
+_NEW_FIELDS = {"member_numel", "factor", "settled", "least_variance"}
+_NEW_GLOBALS = {"round_skipped", "gated", "rising"}
 _KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
-_KEYS += ("members",)
 
 
 def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
@@ -57,30 +61,66 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     """
     if missing := [key for key in _KEYS if key not in stored]:
         raise ValueError(f"not the state dict of an Amplifier: {', '.join(missing)} missing")
-    if stored["schema"] != SCHEMA or list(stored["fields"]) != list(LAYER_FIELDS):
-        raise ValueError(
-            f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
-            f"schema {SCHEMA}"
-        )
-    _check_options(stored["options"], options)
+    fields, numbers = _fields(stored)
+    of_options = (
+        stored["options"] if stored["schema"] == SCHEMA else _NEW_OPTIONS | stored["options"]
+    )
+    _check_options(of_options, options)
+    stored = _without_wrappers(stored, plan)
     _check_layers(stored, plan)
     parts = _taken_apart(plan, stored)
     values = stored["state"]
-    if not isinstance(values, torch.Tensor) or values.shape != state.values.shape:
+    size = len(numbers) + len(fields) * len(plan.layers)
+    if not isinstance(values, torch.Tensor) or values.shape != (size,):
         raise ValueError("state has the wrong shape for its layers: the state dict is damaged")
 
-    state.values[: len(GLOBAL_FIELDS)] = values[: len(GLOBAL_FIELDS)].to(state.values)
-    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))
+    values = values.to(state.values)
+    rows = values[len(numbers) :].view(-1, len(fields))
     order = {name: index for index, name in enumerate(stored["layers"])}
-    state.layers.copy_(rows[[order[name] for name in plan.layers]])
+    rows = rows[[order[name] for name in plan.layers]]
+    state.reset()
+    for index, name in enumerate(numbers):
+        state.scalar(name).copy_(values[index])
+    for index, name in enumerate(fields):
+        state.column(name).copy_(rows[:, index])
     state.take_means(plan, parts)
     state.members.clear()
-    orders = dict(stored["members"])
+    orders = dict(stored.get("members", ()))
     for index, slot in enumerate(plan.slots[: plan.measured]):
         if slot.name in orders:
             order = orders[slot.name]
             state.members.set(index, None if order is None else tuple(order), seen=False)
-    return int(values[GLOBAL_FIELDS.index("epoch")])
+    return int(state.scalar("epoch"))
+
+
+def _fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the numbers of a layer, and of those of all. ValueError for another schema."""
+    new = {2: (_NEW_FIELDS, _NEW_GLOBALS), SCHEMA: (set[str](), set[str]())}.get(stored["schema"])
+    if new is not None:
+        fields = [name for name in LAYER_FIELDS if name not in new[0]]
+        numbers = [name for name in GLOBAL_FIELDS if name not in new[1]]
+        if list(stored["fields"]) == fields and list(stored["globals"]) == numbers:
+            return fields, numbers
+    raise ValueError(
+        f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
+        f"schema {SCHEMA}, and 2"
+    )
+
+
+def _without_wrappers(stored: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """The snapshot with names as they are without the wrapper that it was taken under."""
+    for prefix in sorted(set(WRAPPERS.values())):
+        ours = any(name == prefix or name.startswith(f"{prefix}.") for name in plan.layers)
+        if not ours and all(f"{name}.".startswith(f"{prefix}.") for name in stored["layers"]):
+            cut = len(prefix) + 1
+            return {
+                **stored,
+                "layers": {name[cut:]: numel for name, numel in stored["layers"].items()},
+                "sketches": {name[cut:]: means for name, means in stored["sketches"].items()},
+                "cuts": [[name[cut:], *rest] for name, *rest in stored["cuts"]],
+                "members": [[name[cut:], order] for name, order in stored.get("members", ())],
+            }
+    return stored
 
 
 def _check_options(stored: Mapping[str, Any], options: Options) -> None:
@@ -166,6 +206,9 @@ def _taken_apart(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Tensor]:
     parts = {}
     for slot in plan.slots[: plan.measured]:
         cut, whole = cuts.get(slot.name), stored["sketches"][slot.name]
+        if cut is None and slot.shard is None:
+            parts[slot.name] = whole
+            continue
         how = None if slot.shard is None else slot.shard.how
         if how == (cut and cut.how):
             before = sum(cut.buckets[: slot.shard.index]) if cut and slot.shard else 0

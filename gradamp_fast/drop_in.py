@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ops
 from .amplifier import Amplifier
-from .attach import innermost, warn_if_scale_invariant
+from .attach import innermost, refuse_growth, warn_if_scale_invariant
 from .model.walk import unwrap
 
 # Each model's Amplifier, and the options as they were given last.
@@ -36,7 +36,8 @@ def fused_amplify(
 
     Args:
         model: whose gradients ``backward()`` has just made.
-        optimizer: given only to be warned if a constant factor does not move it.
+        optimizer: given only to be warned if a constant factor does not move it; with
+            ``grow=True`` that is a ValueError.
         grad_scale, found_inf, unscale: as ``Amplifier.step`` takes them.
         **options: those of ``Options``.
 
@@ -45,7 +46,8 @@ def fused_amplify(
     """
     model = unwrap(model)
     kept = _KEPT.get(model)
-    if kept is None and ops.compiling():
+    # Asked directly: an answer that came through a call of ours would outlive a break of the graph.
+    if kept is None and torch.compiler.is_compiling():
         raise RuntimeError(
             "fused_amplify cannot make its Amplifier inside torch.compile(fullgraph=True): call "
             "it once before, or make an Amplifier and call its step()"
@@ -58,7 +60,9 @@ def fused_amplify(
             "the model's Amplifier is attached to an optimizer, which calls it by itself: remove "
             "this call, or the handle that attach() returned"
         )
-    if optimizer is not None and optimizer not in _WARNED:
+    if optimizer is not None and amplifier.options.grow:
+        refuse_growth(innermost(optimizer))
+    elif optimizer is not None and optimizer not in _WARNED:
         _WARNED.add(optimizer)
         warn_if_scale_invariant(innermost(optimizer))
     amplifier.step(grad_scale, found_inf, unscale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from .amplifier import Amplifier
-from .attach import after_backward, warn_if_scale_invariant
+from .attach import OneStep, warn_if_scale_invariant
 from .call import Call
 from .model.optimizers import Holding
 from .model.plan import Plan
@@ -63,7 +64,8 @@ class GradScaler(torch.amp.GradScaler):
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Amplifies unless ``unscale_`` has, then steps the optimizer unless it overflowed."""
         if not self.is_enabled() and optimizer not in self._amplified:
-            given = after_backward(lambda: self._amplify(optimizer), (optimizer, *args), kwargs)
+            once = OneStep(optimizer, partial(self._amplify, optimizer))
+            given = once.enter((optimizer, *args), kwargs)
             if given is not None:
                 args, kwargs = given[0][1:], given[1]
         self._amplified.discard(optimizer)

@@ -10,10 +10,9 @@ from .bound_model import BoundModel, Mask
 from .call import Call
 from .model.optimizers import Holding
 
-
-def compiling() -> bool:
-    """Whether the code that runs is being compiled."""
-    return torch.compiler.is_compiling()
+# Whether the code that runs is being compiled. A function around it would be compiled by itself
+# where a graph breaks, and then say so ever after.
+compiling = torch.compiler.is_compiling
 
 
 def step(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 from cases import PLACES, Place, why_not
+from cuda.emulated import compiled
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
 
@@ -19,6 +23,15 @@ else:
     hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
     hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA step, kernel and engine, compiled for the host."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs g++ on Linux")
+    return compiled(compiler, tmp_path_factory.mktemp("emulated"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,6 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not any(map(item.get_closest_marker, absent()))]
+    # What takes long comes first: a worker that began it last would be waited for.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_terminal_summary(

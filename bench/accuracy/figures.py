@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.accuracy import stages
+from bench.accuracy import report, stages
 from bench.accuracy.repeatability import BAR, average
 from bench.accuracy.stages import Experiment, NotReady
 from bench.accuracy.statistics import Interval
@@ -97,7 +97,7 @@ def contrasts(experiment: Experiment, rows: Rows) -> Figure | None:
     """The three differences in test accuracy, with their intervals."""
     known: list[tuple[str, Interval]] = [
         (f"{a} - {b}", interval)
-        for (a, b), interval in stages.contrasts(experiment, rows).items()
+        for (a, b), interval in report.contrasts(experiment, rows).items()
         if interval is not None
     ]
     if not known:

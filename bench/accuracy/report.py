@@ -17,6 +17,11 @@ from bench.docs import table
 
 AIM = 0.003  # half of an interval's width, on the three contrasts
 FEW = 5  # runs: with fewer an interval says little
+CONTRASTS = (
+    ("chosen", "plain"),
+    ("chosen", "plain, tuned"),
+    ("chosen", "shuffled"),
+)  # fixed before any of these runs was made
 
 
 def page(experiment: Experiment, rows: Rows, drawn: Sequence[Path] = ()) -> str:
@@ -110,7 +115,7 @@ def confirmation(experiment: Experiment, rows: Rows) -> Iterator[str]:
     if stages.chosen(experiment, rows).times == 1:
         yield "The chosen rate is the tuned one: the two plain arms are the same runs."
         yield ""
-    found = stages.contrasts(experiment, rows)
+    found = contrasts(experiment, rows)
     known = {pair: interval for pair, interval in found.items() if interval is not None}
     adjusted = statistics.holm([interval.p or 0.0 for interval in known.values()])
     yield from table(
@@ -126,6 +131,16 @@ def confirmation(experiment: Experiment, rows: Rows) -> Iterator[str]:
     for a, b in found.keys() - known.keys():
         yield f"{a} - {b}: too few runs for an interval."
         yield ""
+
+
+def contrasts(experiment: Experiment, rows: Rows) -> dict[tuple[str, str], Interval | None]:
+    """Differences in test accuracy, over the runs that did not diverge."""
+    found: dict[str, list[float]] = {}
+    for job in stages.arms(experiment, rows):
+        row = rows.get(job.run.key)
+        if row is not None and not row.diverged and row.test is not None:
+            found.setdefault(job.arm, []).append(row.test)
+    return {(a, b): statistics.welch(found.get(a, ()), found.get(b, ())) for a, b in CONTRASTS}
 
 
 def reading(interval: Interval, p: float) -> str:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from bench.accuracy.repeatability import Repeatability, judge
 from bench.accuracy.runs import Row, Run
-from bench.accuracy.statistics import Interval, welch
 from bench.accuracy.store import Rows
 from bench.accuracy.train import Recipe
 from gradamp_fast import Schedule
@@ -37,6 +36,9 @@ class Plain(NamedTuple):
 
     lr: float
     weight_decay: float
+
+    def at(self, times: float) -> Plain:
+        return self._replace(lr=times * self.lr)
 
 
 class Chosen(NamedTuple):
@@ -234,9 +236,8 @@ def sides(experiment: Experiment, rows: Rows) -> list[Job]:
     jobs = []
     for seed in experiment.screen_seeds:
         for times in TIMES:
-            here = plain._replace(lr=times * plain.lr)
-            jobs.append(_plain(experiment.screen, here, seed))
-            jobs += [_amplified(experiment, times, here, c, seed) for c in candidates]
+            jobs.append(_plain(experiment.screen, plain.at(times), seed))
+            jobs += [_amplified(experiment, times, plain, c, seed) for c in candidates]
     return jobs
 
 
@@ -250,9 +251,8 @@ def variants(experiment: Experiment, rows: Rows) -> list[Job]:
         {"factor": 1.5},
         {"factor": 4.0},
     ]
-    here = plain._replace(lr=winner.times * plain.lr)
     return [
-        _amplified(experiment, winner.times, here, {**winner.options, **change}, seed)
+        _amplified(experiment, winner.times, plain, {**winner.options, **change}, seed)
         for seed in experiment.screen_seeds
         for change in changed
     ]
@@ -284,7 +284,8 @@ def _winner(jobs: Iterable[Job], experiment: Experiment, rows: Rows) -> Chosen:
 def _amplified(
     experiment: Experiment, times: float, plain: Plain, options: Options, seed: int
 ) -> Job:
-    return Job(f"{describe(options)}, lr x{times:g}", experiment.screen.run(seed, plain, options))
+    run = experiment.screen.run(seed, plain.at(times), options)
+    return Job(f"{describe(options)}, lr x{times:g}", run)
 
 
 def describe(options: Options) -> str:
@@ -304,12 +305,6 @@ def describe(options: Options) -> str:
 
 
 # ---- stage 3: confirmation on fresh seeds -------------------------------------------
-
-CONTRASTS = (
-    ("chosen", "plain"),
-    ("chosen", "plain, tuned"),
-    ("chosen", "shuffled"),
-)  # fixed before any of these runs was made
 
 
 def stage3(experiment: Experiment, rows: Rows) -> list[Job]:
@@ -333,7 +328,7 @@ def arms(experiment: Experiment, rows: Rows) -> list[Job]:
     if not complete(tuning := retune(experiment, rows), rows):
         raise NotReady("stage 3 has not tuned the plain recipe of the confirming family yet")
     best = best_of(tuning, rows)
-    here = best._replace(lr=times * best.lr)
+    here = best.at(times)
     family = experiment.confirm
     other = {"below": "above", "above": "below"}[options["select"]]
     jobs = []
@@ -353,16 +348,6 @@ def arms(experiment: Experiment, rows: Rows) -> list[Job]:
     return jobs
 
 
-def contrasts(experiment: Experiment, rows: Rows) -> dict[tuple[str, str], Interval | None]:
-    """Differences in test accuracy, over the runs that did not diverge."""
-    found: dict[str, list[float]] = {}
-    for job in arms(experiment, rows):
-        row = rows.get(job.run.key)
-        if row is not None and not row.diverged and row.test is not None:
-            found.setdefault(job.arm, []).append(row.test)
-    return {(a, b): welch(found.get(a, ()), found.get(b, ())) for a, b in CONTRASTS}
-
-
 # ---- more ---------------------------------------------------------------------------
 
 MEASURED = 10
@@ -373,9 +358,8 @@ def more(experiment: Experiment, rows: Rows) -> list[Job]:
     plain = tuned(experiment, rows)
     times, options = chosen(experiment, rows)
     kept = {name: value for name, value in options.items() if name != "quantile"}
-    here = plain._replace(lr=times * plain.lr)
     return [
-        _amplified(experiment, times, here, changed, seed)
+        _amplified(experiment, times, plain, changed, seed)
         for seed in experiment.screen_seeds
         for changed in (
             {**kept, "threshold": "mean"}, {**kept, "threshold": "std"}, _backward(options),

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 from bench.accuracy.data import Data, load
-from bench.accuracy.runs import Row, Run, execute
+from bench.accuracy.runs import Row, execute
 from bench.accuracy.stages import STAGES, Experiment, Job
 from bench.accuracy.store import Store
 from bench.results import describe_machine
-
-SLACK = 1.1  # an estimate covers what varies
 
 
 @dataclass(frozen=True)
@@ -75,37 +73,27 @@ def work(
 ) -> int:
     """Runs what the stage wants and nobody has run, in order; returns how many runs are left.
 
-    Ends when all is done, or when the next run, if it takes as long as the slowest like it before,
-    would not end within `budget` seconds; the first of its kind begins as long as any are left.
-    Raises `NotReady` if an earlier stage is not finished. This process alone writes to `store`.
+    No run begins after `budget` seconds. Raises `NotReady` if an earlier stage is not finished.
+    This process alone writes to `store`.
     """
     end = time.monotonic() + budget
     running: dict[Future[Row], Job] = {}
-    slowest: dict[tuple[Any, ...], float] = {}  # by kind of run: seconds an epoch
     while True:
         rows = store.rows()
         jobs = STAGES[stage](experiment, rows)
         left = {job.run.key: job for job in jobs if job.run.key not in rows}
-        waiting = [j for key, j in left.items() if key not in {r.run.key for r in running.values()}]
+        begun = {job.run.key for job in running.values()}
+        waiting = [job for key, job in left.items() if key not in begun]
         for job in waiting[: workers - len(running)]:
-            needed = slowest.get(_kind(job.run), 0.0) * job.run.recipe.epochs * SLACK
-            if time.monotonic() + needed >= end:
-                break
-            running[pool.submit(run, stage, job)] = job
+            if time.monotonic() < end:
+                running[pool.submit(run, stage, job)] = job
         if not running:
             say(f"{stage}: {len(left)} of {len(jobs)} runs are left")
             return len(left)
         for done in wait(running, return_when=FIRST_COMPLETED).done:
             job, row = running.pop(done), done.result()
             store.add(row)
-            kind = _kind(job.run)
-            slowest[kind] = max(slowest.get(kind, 0.0), row.seconds / job.run.recipe.epochs)
             say(
                 f"{stage}: {job.arm}, seed {row.seed}: validation {row.validation:.2%}, "
                 f"{row.seconds:.1f} s{', diverged' if row.diverged else ''}"
             )
-
-
-def _kind(run: Run) -> tuple[Any, ...]:
-    recipe = run.recipe
-    return run.data, run.train, recipe.arch, recipe.width, recipe.batch, run.amplify is None

@@ -1,19 +1,18 @@
 #include "engine.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
-#include <cstring>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "launch.h"
+#include "memory.h"
 
 namespace gradamp::cuda {
 namespace {
@@ -47,81 +46,51 @@ void check(cudaError_t error, const char* doing) {
   TORCH_CHECK(false, message(error, doing));
 }
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "asking whether a graph is captured");
-  return status != cudaStreamCaptureStatusNone;
+// Whether the driver says that it cannot make such a launch, rather than that something failed.
+bool is_refusal(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported;
 }
-
-// One allocation on the device, cut into arrays. What is put into it is copied there once.
-class Arena {
- public:
-  template <class T>
-  size_t put(const std::vector<T>& values) {
-    const size_t at = reserve<T>(values.size());
-    host_.resize(size_, 0);
-    if (!values.empty()) std::memcpy(host_.data() + at, values.data(), values.size() * sizeof(T));
-    return at;
-  }
-  template <class T>
-  size_t reserve(size_t count) {
-    const size_t at = (size_ + kAlignment - 1) / kAlignment * kAlignment;
-    size_ = at + count * sizeof(T);
-    return at;
-  }
-  size_t size() const { return size_; }
-
-  void allocate(at::Device device) {
-    const auto bytes = at::TensorOptions().dtype(at::kByte);
-    memory_ = at::zeros({static_cast<int64_t>(size_)}, bytes.device(device));
-    const auto copied = static_cast<int64_t>(host_.size());
-    at::Tensor host = at::empty({copied}, bytes);
-    std::memcpy(host.data_ptr(), host_.data(), host_.size());
-    memory_.narrow(0, 0, copied).copy_(host);
-    host_.clear();
-  }
-  template <class T>
-  T* at(size_t offset) const {
-    return reinterpret_cast<T*>(memory_.data_ptr<uint8_t>() + offset);
-  }
-  // Not given to anyone else before what runs on the stream now has finished.
-  void used_on(c10::Stream stream) { memory_.record_stream(stream); }
-
- private:
-  static constexpr size_t kAlignment = 256;
-  size_t size_ = 0;
-  std::vector<uint8_t> host_;
-  at::Tensor memory_;
-};
 
 class CudaEngine final : public Engine {
  public:
-  CudaEngine(Tiling tiling, const Config& config, const StateView& state, at::Device device)
+  CudaEngine(Tiling tiling, const Config& config, const StateView& state,
+             std::vector<at::Tensor> state_tensors, at::Device device)
       : tiling_(std::move(tiling)),
         device_(device),
+        memory_(std::make_shared<Memory>()),
         tagged_(tiling_.num_tensors() + kLargeTable, 0) {
     const c10::cuda::CUDAGuard guard(device_);
     const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device_.index());
-    TORCH_CHECK(!is_capturing(stream),
+    TORCH_CHECK(!captured_on(stream).graph,
                 "gradamp_fast: nothing can be allocated while a CUDA graph is captured: call "
                 "amplifier.prepare() or make one step before the capture");
+    free_what_graphs_left();
     check(inspect(limits_), "loading the kernels");
     split_into_launches(limits_.large_table ? kLargeTable : kSmallTable);
-    fill(config, state);
-    check(cudaEventCreateWithFlags(&step_done_, cudaEventDisableTiming), "creating an event");
+    memory_->state = std::move(state_tensors);
+    fill(config, state, stream);
     check(cudaStreamSynchronize(stream), "uploading the tables");
+    memory_->arena.forget_host_copy();
+    check(cudaEventCreateWithFlags(&step_done_, cudaEventDisableTiming), "creating an event");
   }
 
   ~CudaEngine() override {
     if (step_done_) cudaEventDestroy(step_done_);
+    free_what_graphs_left();
   }
   CudaEngine(const CudaEngine&) = delete;
   CudaEngine& operator=(const CudaEngine&) = delete;
 
   void step(const StepInputs& in) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     const c10::cuda::CUDAGuard guard(device_);
     const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device_.index());
-    follow(stream);
+    const Capture capture = captured_on(stream);
+    if (capture.graph) {
+      stay_with(capture);
+    } else {
+      follow(stream);
+    }
     const bool norm = needs_norm(args_.config);
     const bool unscale = in.unscale && in.grad_scale;
     const bool two_phases = args_.config.exact || norm;
@@ -141,13 +110,31 @@ class CudaEngine final : public Engine {
     args_.measure_only = in.sums != nullptr;
     args_.work.layers = in.sums ? in.sums : layer_sums_;
     if (stress_.poison) poison(stream);
+    launched_ = 0;
     cudaError_t error = launch_all(two_phases, with_excluded, stream);
-    if (error != cudaSuccess && all_.front().tensor_end > kSmallTable) {
-      cudaGetLastError();  // a driver that refuses large parameters: in smaller portions
+    if (is_refusal(error) && launched_ == 0 && all_.front().tensor_end > kSmallTable) {
+      cudaGetLastError();  // large parameters were refused: the same in smaller portions
       split_into_launches(kSmallTable);
       error = launch_all(two_phases, with_excluded, stream);
     }
     check(error, "the launch of a step");
+    if (!capture.graph) leave(stream);
+  }
+
+  void settle() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const c10::cuda::CUDAGuard guard(device_);
+    const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device_.index());
+    if (last_ && last_ != stream && !captured_on(stream).graph) wait_for_last(stream);
+  }
+
+  void written() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const c10::cuda::CUDAGuard guard(device_);
+    const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device_.index());
+    if (captured_on(stream).graph) return;
+    follow(stream);
+    leave(stream);
   }
 
   void stress(const Stress& stress) override {
@@ -161,34 +148,35 @@ class CudaEngine final : public Engine {
     all_ = make_chunks(tiling_, tiling_.num_tensors(), capacity);
   }
 
-  void fill(const Config& config, const StateView& state) {
+  void fill(const Config& config, const StateView& state, cudaStream_t stream) {
+    Arena& arena = memory_->arena;
     const HostTables tables = make_tables(tiling_);
     const auto layers = static_cast<size_t>(tiling_.num_layers);
-    const size_t tensor_info = arena_.put(tiling_.tensors);
-    const size_t tile_tensor = arena_.put(tiling_.tile_tensor);
-    const size_t layer_tiles = arena_.put(tables.layers);
+    const size_t tensor_info = arena.put(tiling_.tensors);
+    const size_t tile_tensor = arena.put(tiling_.tile_tensor);
+    const size_t layer_tiles = arena.put(tables.layers);
     const size_t windows =
-        arena_.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
-    const size_t tickets = arena_.reserve<uint32_t>(tables.groups + layers + 2);
-    work_begin_ = arena_.reserve<Sums>(tiling_.num_tiles);
-    const size_t groups = arena_.reserve<Sums>(tables.groups);
-    const size_t layer_sums = arena_.reserve<Sums>(layers + 1);
-    const size_t scores = arena_.reserve<double>(layers);
-    const size_t amplified = arena_.reserve<double>(layers);
-    const size_t verdict = arena_.reserve<Verdict>(1);
-    arena_.allocate(device_);
+        arena.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
+    const size_t tickets = arena.reserve<uint32_t>(tables.groups + layers + 2);
+    work_begin_ = arena.reserve<Sums>(tiling_.num_tiles);
+    const size_t groups = arena.reserve<Sums>(tables.groups);
+    const size_t layer_sums = arena.reserve<Sums>(layers + 1);
+    const size_t scores = arena.reserve<double>(layers);
+    const size_t amplified = arena.reserve<double>(layers);
+    const size_t verdict = arena.reserve<Verdict>(1);
+    check(arena.allocate(device_, stream), "uploading the tables");
 
     args_.config = config;
-    args_.config.windows = arena_.at<Window>(windows);
+    args_.config.windows = arena.at<Window>(windows);
     args_.state = state;
-    args_.tables = {arena_.at<TensorInfo>(tensor_info), arena_.at<int32_t>(tile_tensor),
-                    arena_.at<LayerTiles>(layer_tiles)};
-    uint32_t* const ticket = arena_.at<uint32_t>(tickets);
-    args_.work = {arena_.at<Sums>(work_begin_),
-                  arena_.at<Sums>(groups),
-                  arena_.at<Sums>(layer_sums),
-                  {arena_.at<double>(scores), arena_.at<double>(amplified)},
-                  arena_.at<Verdict>(verdict),
+    args_.tables = {arena.at<TensorInfo>(tensor_info), arena.at<int32_t>(tile_tensor),
+                    arena.at<LayerTiles>(layer_tiles)};
+    uint32_t* const ticket = arena.at<uint32_t>(tickets);
+    args_.work = {arena.at<Sums>(work_begin_),
+                  arena.at<Sums>(groups),
+                  arena.at<Sums>(layer_sums),
+                  {arena.at<double>(scores), arena.at<double>(amplified)},
+                  arena.at<Verdict>(verdict),
                   ticket,
                   ticket + tables.groups,
                   ticket + tables.groups + layers + 1};
@@ -197,21 +185,45 @@ class CudaEngine final : public Engine {
     args_.measured = static_cast<int32_t>(tiling_.measured);
   }
 
-  // Steps on different streams follow one another. Graphs are captured on a stream of their
-  // own that nothing has run on, and wait for what the stream that replays them waits for.
+  static Capture captured_on(cudaStream_t stream) {
+    Capture capture;
+    check(capture_on(stream, capture), "asking whether a graph is captured");
+    return capture;
+  }
+
+  // What uses the state follows what used it last, on whichever stream.
   void follow(const c10::cuda::CUDAStream& stream) {
-    if (last_ == stream || is_capturing(stream)) return;
-    if (last_) {
-      check(cudaEventRecord(step_done_, last_->stream()), "recording an event");
-      check(cudaStreamWaitEvent(stream, step_done_), "waiting for an event");
+    if (last_ != stream) {
+      if (last_) wait_for_last(stream);
+      memory_->used_on(stream.unwrap());
+      last_ = stream;
     }
-    arena_.used_on(stream.unwrap());
-    last_ = stream;
+    recorded_ = false;
+  }
+
+  // For those that follow on another stream, which may find that this one is gone. The default
+  // stream stays: there, where most training runs, no step pays for an event.
+  void leave(const c10::cuda::CUDAStream& stream) {
+    recorded_ = stream.stream() != nullptr;
+    if (recorded_) check(cudaEventRecord(step_done_, stream), "recording an event");
+  }
+
+  void wait_for_last(const c10::cuda::CUDAStream& stream) {
+    if (!recorded_) check(cudaEventRecord(step_done_, last_->stream()), "recording an event");
+    check(cudaStreamWaitEvent(stream, step_done_), "waiting for an event");
+  }
+
+  // A captured step waits for what the stream that replays it waits for: an event from outside
+  // may not be waited for in a capture, nor one from inside out of it.
+  void stay_with(const Capture& capture) {
+    if (capture.id == captured_) return;
+    check(keep_with(capture.graph, memory_), "keeping memory for a graph");
+    captured_ = capture.id;
   }
 
   void poison(cudaStream_t stream) {
-    check(cudaMemsetAsync(arena_.at<uint8_t>(work_begin_), 0xff, arena_.size() - work_begin_,
-                          stream),
+    const Arena& arena = memory_->arena;
+    check(cudaMemsetAsync(arena.at<char>(work_begin_), 0xff, arena.size() - work_begin_, stream),
           "poisoning the workspace");
   }
 
@@ -221,7 +233,7 @@ class CudaEngine final : public Engine {
     if (!two_phases || args_.measure_only) return launch_phase(kMeasure, chunks, stream);
     if (chunks.size() == 1 && limits_.cooperative && stress_.cooperative) {
       const cudaError_t error = launch_chunk(kBoth, chunks, 0, stream);
-      if (error == cudaSuccess) return error;
+      if (!is_refusal(error)) return error;
       cudaGetLastError();  // refused: the same in two launches
       limits_.cooperative = false;
     }
@@ -248,29 +260,37 @@ class CudaEngine final : public Engine {
     const int fitting = limits_.blocks_per_processor * limits_.processors;
     const int useful = std::max(tiles / kWarps + (tiles % kWarps != 0), 1);
     const int blocks = std::min(stress_.blocks ? stress_.blocks : useful, fitting);
-    return launch(args_, tagged_.data() + chunk.tensor_begin,
-                  chunk.tensor_end - chunk.tensor_begin, phases, blocks, limits_, stream);
+    const cudaError_t error =
+        launch(args_, tagged_.data() + chunk.tensor_begin, chunk.tensor_end - chunk.tensor_begin,
+               phases, blocks, limits_, stream);
+    launched_ += error == cudaSuccess;
+    return error;
   }
 
   Tiling tiling_;
   at::Device device_;
   DeviceLimits limits_ = {};
   std::vector<Chunk> measured_, all_;  // launches of a step without and with excluded tensors
-  Arena arena_;
+  std::shared_ptr<Memory> memory_;
   size_t work_begin_ = 0;  // of the arena's part that every step writes before it reads
   Sums* layer_sums_ = nullptr;
   StepArgs args_ = {};
   std::vector<uint64_t> tagged_;  // read by launches up to the end of their table
-  std::optional<c10::cuda::CUDAStream> last_;
+  int launched_ = 0;                 // launches of the step under way: none is repeated
+  unsigned long long captured_ = 0;  // the capture whose graph keeps the memory already
+  std::optional<c10::cuda::CUDAStream> last_;  // to use the state, captures apart
   cudaEvent_t step_done_ = nullptr;
+  bool recorded_ = false;  // since the last use of the state
   Stress stress_;
+  std::mutex mutex_;  // another thread may look at the state while one steps
 };
 
 }  // namespace
 
 std::unique_ptr<Engine> make_engine(Tiling tiling, const Config& config, const StateView& state,
-                                    at::Device device) {
-  return std::make_unique<CudaEngine>(std::move(tiling), config, state, device);
+                                    std::vector<at::Tensor> state_tensors, at::Device device) {
+  return std::make_unique<CudaEngine>(std::move(tiling), config, state, std::move(state_tensors),
+                                      device);
 }
 
 std::optional<std::string> unavailable(at::Device device) {

@@ -85,7 +85,8 @@ __device__ inline void find_buckets(const StepArgs& a, Job& job) {
 __device__ inline double standing_multiplier(const StepArgs& a, const Job& job, double factor) {
   if (!a.write_in_first_phase) return 1.0;
   const double own =
-      job.layer == a.num_layers ? 1.0 : amplification(a.state.layers[job.layer], factor);
+      job.layer == a.num_layers ? 1.0
+                                : amplification(a.config, a.state.layers[job.layer], factor);
   return as_applied(own * (a.unscale ? job.means.inverse : 1.0), job.dtype);
 }
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, reference
 from ..call import Call, Outcome
 from ..model.gradients import GradientReader
 from ..model.plan import Plan
@@ -17,8 +17,13 @@ from ..reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS, State
 from .stepping import Measuring
 
 # The extension's own lists, which have to be the same.
-_MEMBERS = 4  # Outcome::kMembers in csrc/stepper.h
-LISTS = {"GLOBAL_FIELDS": GLOBAL_FIELDS, "LAYER_FIELDS": LAYER_FIELDS, "ENUMS": ENUMS}
+_MEMBERS = 5  # Outcome::kMembers in csrc/stepper.h
+LISTS = {
+    "GLOBAL_FIELDS": GLOBAL_FIELDS,
+    "LAYER_FIELDS": LAYER_FIELDS,
+    "ENUMS": ENUMS,
+    "GROWTH": (reference.LOW, reference.SURGE, reference.EARLY),
+}
 
 
 class CompiledBackend(Measuring):
@@ -29,7 +34,7 @@ class CompiledBackend(Measuring):
         assert extension is not None, _extension.reason()
         _extension.check_lists(extension, LISTS)
         self.plan, self.state = plan, state
-        self.reader = GradientReader(plan, state.device, state.members)
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
         self.compiled = extension.Stepper(
             parameters=[slot.parameter for slot in plan.slots],
             watched=list(plan.watched),
@@ -47,7 +52,7 @@ class CompiledBackend(Measuring):
 
     def step(self, call: Call) -> Outcome:
         outcome = self.compiled.step(*call)  # in the order of its fields
-        if outcome <= Outcome.REBIND:
+        if outcome <= Outcome.MISSING:
             return Outcome(outcome)
         # Something is unusual: look closer, and raise, rebind, or go on with what was copied.
         gradients = self.reader.read(call)
@@ -57,8 +62,15 @@ class CompiledBackend(Measuring):
         if outcome == _MEMBERS:
             return Outcome(self.compiled.step(*call, members_known=True))
         self._step_gradients(gradients, call, None)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
+
+    def settle(self) -> None:
+        # What is read next on the current stream waits for a step on another one.
+        self.compiled.settle()
+
+    def follow(self, restored: bool = False) -> None:
+        self.compiled.written()
 
     def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
         self._step_gradients(gradients, call, sums)
@@ -122,5 +134,7 @@ def for_kernel(rules: Rules) -> dict[str, Any]:
         "min_steps": float(rules.min_steps),
         "refresh": float(rules.refresh),
         "seed": rules.seed,
+        "grow": rules.grow,
+        "max_factor": rules.max_factor,
         "windows": list(rules.windows),
     }

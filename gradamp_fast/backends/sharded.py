@@ -40,7 +40,7 @@ class ShardedBackend(Stepping):
 
     def __init__(self, measuring: type[Measuring], plan: Plan, state: State, rules: Rules) -> None:
         self.plan, self.state, self.rules = plan, state, rules
-        self.reader = GradientReader(plan, state.device, state.members)
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
         self.group = group_of(slot.shard for slot in plan.slots if slot.shard is not None)
         self.copies = [
             self.group.size() if slot.shard is None else slot.shard.copies for slot in plan.slots
@@ -89,7 +89,7 @@ class ShardedBackend(Stepping):
             self._pending = commit
             if call.found_inf is not None:
                 self.settle()
-        self.reader.write_back()
+        self.reader.write_back(call)
         # A DTensor has a version of its own; which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
             [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from collections.abc import Iterator
+from itertools import chain
 from typing import ClassVar
 
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -27,8 +30,12 @@ class Holding:
     def __init__(self, optimizer: Optimizer) -> None:
         self.number = next(self._count)
         self._optimizer = weakref.ref(optimizer)
-        self._seen = _groups(optimizer)
-        self._mask: tuple[Plan, bytes | None] | None = None
+        # Held, and compared by identity: addresses are given to other parameters in time.
+        self._parameters: list[Parameter] = []
+        self._groups: list[tuple[int, object]] = []
+        self._unwanted: frozenset[int] = frozenset()
+        self._mask: tuple[weakref.ref[Plan], bytes | None] | None = None
+        self.changed()
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -47,39 +54,44 @@ class Holding:
         return self.optimizer is not None and (self.hook is None or self.attached)
 
     def changed(self) -> bool:
-        """Looks at the groups again; whether they changed."""
+        """Looks at the groups again; whether they, or what they hold, changed."""
         optimizer = self.optimizer
-        seen = self._seen if optimizer is None else _groups(optimizer)
-        if seen == self._seen:
+        if optimizer is None:
             return False
-        self._seen, self._mask = seen, None
+        given = optimizer.param_groups
+        groups = [(len(group["params"]), group.get("amplify")) for group in given]
+        held = chain.from_iterable(group["params"] for group in given)
+        if groups == self._groups and all(map(operator.is_, held, self._parameters)):
+            return False
+        # A group that lost its key, as by a checkpoint without it, does not change its mind.
+        self._unwanted = frozenset(
+            id(p)
+            for group in given
+            for p in group["params"]
+            if not group.get("amplify", id(p) not in self._unwanted)
+        )
+        self._parameters = [p for group in given for p in group["params"]]
+        self._groups, self._mask = groups, None
         return True
 
+    @property
     def parameters(self) -> frozenset[int]:
         """Ids of all its parameters."""
-        optimizer = self.optimizer
-        groups = [] if optimizer is None else optimizer.param_groups
-        return frozenset(id(p) for group in groups for p in group["params"])
+        return frozenset(map(id, self._parameters))
 
+    @property
     def unwanted(self) -> frozenset[int]:
         """Ids of those in groups with ``"amplify": False``."""
-        optimizer = self.optimizer
-        groups = [] if optimizer is None else optimizer.param_groups
-        left_out = [group for group in groups if not group.get("amplify", True)]
-        return frozenset(id(p) for group in left_out for p in group["params"])
+        return self._unwanted
 
     def only(self, plan: Plan) -> bytes | None:
         """A byte for each slot, 1 if the optimizer holds it; None if it holds all."""
-        if self._mask is None or self._mask[0] is not plan:
-            parameters = self.parameters()
+        if self._mask is None or self._mask[0]() is not plan:
+            parameters = self.parameters
             held = [id(slot.parameter) in parameters for slot in plan.slots]
-            self._mask = plan, None if all(held) else bytes(held)
+            self._mask = weakref.ref(plan), None if all(held) else bytes(held)
         return self._mask[1]
 
-
-def _groups(optimizer: Optimizer) -> list[tuple[int, int, bool]]:
-    """What changes when groups or their parameters do."""
-    return [
-        (id(group["params"]), len(group["params"]), group.get("amplify", True))
-        for group in optimizer.param_groups
-    ]
+    def let_go(self) -> None:
+        """Holds no parameter any more: the model is gone."""
+        self._parameters, self._groups, self._mask = [], [], None

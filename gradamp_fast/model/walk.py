@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
@@ -13,23 +15,38 @@ from torch.nn.parameter import is_lazy
 from ..options import Names, Options
 from .plan import Member, Plan, make_plan
 
-# Inserted into names by torch.compile, FSDP and activation checkpointing.
-_INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these insert "module"
+# Classes that wrap a model, by package and name: the child that holds it.
+WRAPPERS = {
+    ("torch", "DataParallel"): "module",
+    ("torch", "DistributedDataParallel"): "module",
+    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch", "OptimizedModule"): "_orig_mod",
+    ("torch", "CheckpointWrapper"): "_checkpoint_wrapped_module",
+    ("torch", "OffloadWrapper"): "_checkpoint_wrapped_module",
+    ("lightning", "_FabricModule"): "_forward_module",
+    ("lightning_fabric", "_FabricModule"): "_forward_module",
+    ("opacus", "GradSampleModule"): "_module",
+    ("deepspeed", "DeepSpeedEngine"): "module",
+}
+
+
+@functools.cache
+def _wrapped_child(kind: type[nn.Module]) -> str | None:
+    """Name of the child that a class wraps; None if it is no wrapper."""
+    keys = ((base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__)
+    return next((WRAPPERS[key] for key in keys if key in WRAPPERS), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers: modules that hold nothing but ``module`` or ``_orig_mod``."""
+    """The model inside wrappers, which are known by their class."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
-    while True:
-        children = model._modules
-        if len(children) != 1 or model._parameters or model._buffers:
-            return model
-        name, child = next(iter(children.items()))
-        if name not in ("module", "_orig_mod") or child is None:
-            return model
+    while name := _wrapped_child(type(model)):
+        child = model._modules.get(name)
+        if child is None:
+            break
         model = child
+    return model
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
@@ -39,19 +56,49 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
     """
     seen: set[int] = set()
     clean: dict[str, str] = {}  # of each module's path
-    parallel: set[str] = set()
+    inserted: set[str] = set()
     for path, module in model.named_modules():
         parent, _, own = path.rpartition(".")
-        inserted = own in _INSERTED or (own == "module" and parent in parallel)
         prefix = clean.get(parent, "")
-        clean[path] = prefix if inserted else f"{prefix}.{own}" if prefix else own
-        if isinstance(module, _PARALLEL):
-            parallel.add(path)
+        clean[path] = prefix if path in inserted else f"{prefix}.{own}" if prefix else own
+        if child := _wrapped_child(type(module)):
+            inserted.add(f"{path}.{child}" if path else child)
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             yield f"{clean[path]}.{name}" if clean[path] else name, parameter
+
+
+class Skeleton:
+    """The modules and parameters that a model consists of, without keeping any of them alive.
+
+    It is compared far faster than a model is walked. Parameters have to be kept alive by others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [weakref.ref(module) for module in model.modules()]
+        self._parts = self._look()
+
+    @property
+    def modules(self) -> int:
+        """How many there are."""
+        return len(self._modules)
+
+    def stands(self) -> bool:
+        """Whether every module still has the same children and parameters."""
+        return self._look() == self._parts
+
+    def _look(self) -> list[int] | None:
+        """Ids, which name the same objects again for as long as these live."""
+        parts: list[int] = []
+        for reference in self._modules:
+            module = reference()
+            if module is None:
+                return None
+            parts += map(id, module._modules.values())
+            parts += map(id, module._parameters.values())
+        return parts
 
 
 def find_layers(
@@ -70,7 +117,7 @@ def find_layers(
 
     Raises ValueError if nothing is trainable, everything is excluded, a glob matches no
     parameter, or a lazy module has not made its parameters yet; TypeError for parameters sharded
-    by the first FSDP.
+    by the first FSDP, and for gradients that are kept in ``main_grad``.
     """
     _prepare_fsdp(model)
     included = _matcher("include", options.include, model, True, check_names)
@@ -83,6 +130,12 @@ def find_layers(
         if not parameter.requires_grad and id(parameter) not in bound:
             watched.append(parameter)
             continue
+        if getattr(parameter, "main_grad", None) is not None:
+            raise TypeError(
+                f"parameter {name!r} keeps its gradient in main_grad, as Megatron and Transformer "
+                "Engine do, and what is in .grad means nothing: switch gradient accumulation "
+                "fusion off, or freeze the parameter for the Amplifier"
+            )
         layer: str | None = None
         unwanted = id(parameter) in excluded or left_out(name) or not included(name)
         if not unwanted and not (options.exclude_bias_and_norm and parameter.ndim <= 1):

@@ -7,6 +7,7 @@ of the Triton kernels are made of these.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -29,6 +30,8 @@ GLOBAL_FIELDS = (
     "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
     "unmeasured_skipped",  # of these
     "round_skipped",  # 1: a call of the round under way, or of the last one, was skipped
+    "gated",  # 0: no decision yet at which anything could grow, since the start or a release
+    "rising",  # 1: the learning rate rises, so nothing grows or settles
 )
 LAYER_FIELDS = (
     "steps",  # k
@@ -42,6 +45,9 @@ LAYER_FIELDS = (
     "amplified_steps",  # counted steps on which the layer was multiplied
     "changed_at",  # step number at which "selected" last changed
     "member_numel",  # elements of its members; 0: those of the first step that is measured
+    "factor",  # what growth came to: a
+    "settled",  # 0 or 1: it grows no more
+    "least_variance",  # V_min; infinite before there is one
 )
 # A kernel is told a value by its place here.
 ENUMS: dict[str, tuple[str, ...]] = {
@@ -51,6 +57,8 @@ ENUMS: dict[str, tuple[str, ...]] = {
     "schedule_unit": get_args(ScheduleUnit),
 }
 _AVERAGES = LAYER_FIELDS[: LAYER_FIELDS.index("selected")]
+# What a layer begins with, where that is not 0.
+FIRST = {"factor": 1.0, "least_variance": math.inf}
 
 
 class State:
@@ -67,9 +75,10 @@ class State:
         self.factor = factor
         self.members = Members(plan)
         numbers = len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(plan.layers)
-        self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
-        self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
-        self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # what is made under it could not be written outside
+            self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
+            self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
+            self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
         self.reset()
 
     @property
@@ -103,11 +112,14 @@ class State:
         self.scalar("epoch").fill_(-1.0)
         self.scalar("threshold").fill_(float("nan"))
         self.scalar("factor").fill_(self.factor)
+        for name, value in FIRST.items():
+            self.column(name).fill_(value)
 
     def restart(self) -> None:
-        """Averages and sketches begin anew; the selection and the counters stand."""
+        """Averages and sketches begin anew; the selection, factors and the counters stand."""
         for name in _AVERAGES:
             self.column(name).zero_()
+        self.column("least_variance").fill_(FIRST["least_variance"])
         self.sketch.zero_()
 
     def begin_anew(self, plan: Plan, layers: Sequence[int]) -> None:
@@ -120,10 +132,18 @@ class State:
         for layer in layers:
             row = self.layers[layer]
             row.zero_()
-            row[LAYER_FIELDS.index("member_numel")].fill_(self.members.numel(plan, layer))
+            first = {**FIRST, "member_numel": self.members.numel(plan, layer)}
+            for name, value in first.items():
+                row[LAYER_FIELDS.index(name)].fill_(value)
             for index in plan.slots_of[layer]:
                 slot = plan.slots[index]
                 self.sketch[:, slot.first_bucket :][:, : slot.buckets].zero_()
+
+    def release(self) -> None:
+        """Every layer may grow again, from where it is, after a new look at the whole model."""
+        self.scalar("gated").zero_()
+        self.column("settled").zero_()
+        self.column("least_variance").fill_(FIRST["least_variance"])
 
     def means(self, plan: Plan, device: torch.device | None = None) -> dict[str, Tensor]:
         """Each measured tensor's running means by parameter name: views of one copy, on `device`.
@@ -140,9 +160,9 @@ class State:
         """Writes running means, where given, into both rows, and 0 elsewhere."""
         device = next((tensor.device for tensor in means.values()), self.device)
         row = torch.zeros(self.sketch.shape[1], device=device)
-        given = [(part, means[s.name]) for s, part in _parts(plan, row) if s.name in means]
+        given = {s.name: part for s, part in _parts(plan, row) if s.name in means}
         if given:
-            torch._foreach_copy_([part for part, _ in given], [mean for _, mean in given])
+            torch._foreach_copy_(list(given.values()), [means[name] for name in given])
         self.parity.zero_()
         self.sketch.copy_(row)
 
@@ -162,7 +182,7 @@ class State:
         means = old.means(old_plan, self.device)
         self.take_means(
             plan,
-            {s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed},
+            {s.name: means[s.name] for s in measured if s.name in means and s.layer in kept},
         )
         self.begin_anew(plan, sorted(changed))
 

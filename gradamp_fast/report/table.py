@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..reference import LOW
 from .numbers import LayerReport, Numbers
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 # Left out, in this order, where the terminal is too narrow for all columns.
 _DISPENSABLE = ("threshold", "temporal variance", "steps", "elements", "direction")
+RICH_LAYERS = 500  # the most that rich lays out
 _NAME_WIDTH = 16  # of a layer's name, at least; longer ones are folded then
 
 
@@ -32,6 +35,8 @@ def columns(report: Numbers) -> list[Column]:
     """The layers' names, then everything else, right-aligned."""
 
     def amplified(layer: LayerReport) -> str:
+        if report.grow:
+            return f"x{layer.factor:.3g}"
         return f"x{layer.factor:g}" if layer.selected else "off"
 
     def since(layer: LayerReport) -> str:
@@ -49,19 +54,35 @@ def columns(report: Numbers) -> list[Column]:
         Column("score", [f"{x.score:+.3f}" for x in layers]),
         Column("threshold", [f"{report.threshold:+.3f}"] * len(layers)),
         Column("ampli- fied", [amplified(x) for x in layers]),
+        *([Column("set- tled", ["yes" if x.settled else "no" for x in layers])] * report.grow),
         Column("share of steps", [f"{x.amplified_share:.0%}" for x in layers]),
         Column("since change", [since(x) for x in layers]),
     ]
 
 
 def caption(report: Numbers) -> str:
-    """The decision, and how many steps the table covers."""
+    """The decision, how many steps the table covers, and what the directions say."""
     selected = sum(layer.selected for layer in report.layers)
     decision = "no decision yet"
     if not math.isnan(report.threshold):
         rule = f"{report.measure} {report.select} {report.threshold:.4g}"
         decision = f"{selected} of {len(report.layers)} layers selected: {rule}"
-    return f"{decision}; {report.steps:,} steps, {report.skipped_steps:,} skipped"
+    if report.grow:
+        settled = sum(layer.settled for layer in report.layers)
+        decision += f"; {settled} of {len(report.layers)} settled"
+    steps = f"{decision}; {report.steps:,} steps, {report.skipped_steps:,} skipped"
+    return "\n".join([steps, *thermometer(report)])
+
+
+def thermometer(report: Numbers) -> list[str]:
+    """What the mean direction says of the learning rate; nothing before the second step."""
+    direction = report.direction
+    if math.isnan(direction):
+        return []
+    if direction > LOW:
+        return [f"gradients agree (direction {direction:+.2f}): the learning rate is low"]
+    trend = "gradients turn back" if direction < -LOW else "no trend"
+    return [f"{trend} (direction {direction:+.2f})"]
 
 
 def plain(report: Numbers) -> str:
@@ -105,14 +126,24 @@ def rich_table(report: Numbers, width: int) -> Table:
     return table
 
 
+def plain_text(report: Numbers) -> Text:
+    """The plain table for rich, which wraps lines that are too long."""
+    from rich.text import Text
+
+    return Text(plain(report))
+
+
 def render(report: Numbers) -> str:
-    """Rich's table if the standard output is a terminal and rich is there, else plain text."""
+    """Rich's table if the standard output is a terminal and rich is there, else plain text.
+
+    Of more than 500 layers plain text too: rich takes about a millisecond for each.
+    """
     try:
         from rich.console import Console
     except ImportError:
         return plain(report)
     console = Console()
-    if not console.is_terminal:
+    if not console.is_terminal or len(report.layers) > RICH_LAYERS:
         return plain(report)
     with console.capture() as captured:
         console.print(rich_table(report, console.width))

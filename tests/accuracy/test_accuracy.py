@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -383,6 +384,7 @@ def test_nothing_is_screened_that_does_not_repeat() -> None:
         stages.stage2(TINY, rows)
 
 
+@pytest.mark.slow
 def test_the_experiment_from_end_to_end(
     easy: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,14 +407,17 @@ def test_the_experiment_from_end_to_end(
     assert f"| {stages.chosen(TINY, rows).options['measure']}" in page
 
 
-def test_a_budget_is_kept(tmp_path: Path) -> None:
-    """By what runs of one kind took before: the first begins if there is any time at all."""
+def test_no_run_begins_after_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("bench.accuracy.work.time", SimpleNamespace(monotonic=lambda: now))
 
     def run(stage: str, job: Job) -> Row:
-        return row_of(job.run, seconds=10.0)
+        nonlocal now
+        now += 10.0
+        return row_of(job.run)
 
     store, said = Store(tmp_path / "fake-cpu.csv"), []
-    for budget, left in ((0.0, 4), (10.0, 3), (10.0, 2), (100.0, 0)):
+    for budget, left in ((0.0, 4), (9.0, 3), (11.0, 1), (100.0, 0)):
         found = run_stage("stage0", TINY, store, run, Here(), budget=budget, say=said.append)
         assert found == left
     assert "stage0: 3 of 4 runs are left" in said
@@ -464,6 +469,7 @@ def test_the_page_s_commands_are_understood() -> None:
     assert {"cifar10-cpu", "cifar10-cpu-on-cifar100", "cifar10-cpu-on-vgg19_bn"} <= names
 
 
+@pytest.mark.slow
 def test_there_is_a_report_at_any_time(tmp_path: Path) -> None:
     rows: dict[Any, Row] = {}
     for stage, make in stages.STAGES.items():
@@ -478,6 +484,7 @@ def test_there_is_a_report_at_any_time(tmp_path: Path) -> None:
             figures.draw(TINY, rows, tmp_path, stage)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--data=fake", "--device=cpu", f"--out={tmp_path}", "--epochs=2", "--width=0.25"]
     assert command.main(["stage0", *out, "--budget-s=500"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -84,6 +85,49 @@ def test_sums_of_another_shape(given: dict[str, Any]) -> None:
     for sums in (torch.zeros(2, 7, dtype=torch.float64), torch.zeros(2, 8)):
         with pytest.raises(ValueError, match="`sums`"):
             stepper.step_gradients(gradient, None, None, True, sums)
+
+
+def test_a_refused_step_leaves_nothing_for_the_next(given: dict[str, Any]) -> None:
+    """Neither a gradient that was taken before the one that was refused, nor the turn."""
+    given["parameters"] *= 2
+    given["tensors"] = [(0, 5000, 4, 0, 0), (1, 5000, 4, 320, 0)]
+    given["num_layers"] = 2
+    given["values"] = torch.zeros(len(GLOBAL_FIELDS) + 2 * len(LAYER_FIELDS)).double()
+    given["sketch"], given["parity"] = torch.zeros(2, 640), torch.zeros(2, dtype=torch.int32)
+    stepper, flat = bind(given), torch.ones(5000)
+    with pytest.raises(RuntimeError, match="gradient 1 is not flat"):
+        stepper.step_gradients([flat, torch.ones(10_000)[::2]], None, None, True, None)
+    stepper.step_gradients([None, flat], None, None, True, None)
+    steps = given["values"][len(GLOBAL_FIELDS) :: len(LAYER_FIELDS)]
+    assert steps.tolist() == [0.0, 1.0]
+
+
+def test_one_thread_at_a_time(given: dict[str, Any]) -> None:
+    size = 1 << 24
+    given["parameters"] = [Parameter(torch.zeros(size))]
+    given["tensors"] = [(0, size, 9, 0, 0)]
+    given["sketch"] = torch.zeros(2, size // 512)
+    stepper, gradient = bind(given), [torch.ones(size)]
+    refused, stop = [], threading.Event()
+
+    def step() -> None:
+        while not stop.is_set():
+            try:
+                stepper.step_gradients(gradient, None, None, True, None)
+            except RuntimeError as error:
+                refused.append(str(error))
+                stop.set()
+
+    threads = [threading.Thread(target=step) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    stop.wait(60)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert refused
+    assert "step it from one thread at a time" in refused[0]
+    stepper.step_gradients(gradient, None, None, True, None)
 
 
 # ---- lists that stand in both languages -------------------------------------------------

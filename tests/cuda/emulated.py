@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,42 +26,65 @@ CSRC = HERE.parent.parent / "csrc"
 ORDER = ("measure", "threshold", "threshold_value", "select", "exact", "match_norm", "max_norm")
 ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed")
 
-# Assembly, and shared memory whose size the launch says, in what the host's compiler takes.
+# Assembly, and shared memory whose size the launch says, in what the host's compiler takes. The
+# memory orders are those that stand in the assembly.
 REPLACED = (
     (r'asm volatile\("mov.u32 %0, %%laneid;"[^;]*;', "lane = threadIdx.x % 32;"),
     (r'asm volatile\("mov.u32 %0, %%tid.x;"[^;]*;', "thread = threadIdx.x;"),
-    (r'asm volatile\("atom.acq_rel.gpu.global.inc.u32[^;]*;"[^;]*;',
-     "old = emulator::increment(ticket, count - 1);"),
+    (r'asm volatile\("atom\.(\w+)\.gpu\.global\.inc\.u32[^;]*;"[^;]*;',
+     r"old = emulator::increment<std::memory_order_\1>(ticket, count - 1);"),
     (r'asm volatile\("prefetch.L2 [^;]*;"[^;]*;', "static_cast<void>(p);"),
-    (r"extern __shared__ uint4 kept_tiles\[\];",
-     "static uint4 kept_tiles[kWarps * kKeptVectors];"),
+    (r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = emulator::shared_memory<\1>();"),
 )  # fmt: skip
+SOURCES = ("tiles.cpp", "cuda/engine.cpp", "cuda/memory.cpp", "cuda/tables.cpp")
 
 
-def compiled(compiler: str, folder: Path) -> ctypes.CDLL:
-    """The library of emulator.cpp, built in an empty folder."""
-    source = folder / "csrc"
-    for path in CSRC.rglob("*.*"):
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
-            copy = source / path.relative_to(CSRC)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(path.read_text())
-    counts = dict.fromkeys(REPLACED, 0)
-    for path in (source / "cuda").glob("*.cu*"):
+def replace_once(folder: Path, rules: Sequence[tuple[str, str]]) -> None:
+    """Replaces what each pattern matches, once in all files of a folder."""
+    counts = dict.fromkeys(rules, 0)
+    for path in folder.iterdir():
         text = path.read_text()
-        for rule in REPLACED:
+        for rule in rules:
             text, count = re.subn(*rule, text)
             counts[rule] += count
         path.write_text(text)
-        assert "asm" not in text, path.name
-    assert set(counts.values()) == {1}, counts
-    library = folder / "emulated.so"
-    files = [HERE / "emulator.cpp", source / "tiles.cpp", source / "cuda" / "tables.cpp"]
+    assert set(counts.values()) <= {1}, counts
+
+
+def compile_copy(
+    compiler: str,
+    folder: Path,
+    target: Path,
+    flags: Sequence[str],
+    changes: Sequence[tuple[str, str]] = (),
+    main: Path = HERE / "emulator.cpp",
+) -> None:
+    """Compiles a copy of the CUDA step's sources, changed, for the host, with the emulator around.
+
+    Each change, a pattern and what takes its place, must match once.
+    """
+    source = folder / "csrc"
+    shutil.copytree(CSRC, source)
+    replace_once(source / "cuda", [*changes, *REPLACED])
+    assert not [path.name for path in (source / "cuda").iterdir() if "asm" in path.read_text()]
+    files = [main, *(source / name for name in SOURCES)]
     includes = [f"-I{HERE / 'shim'}", f"-I{source / 'cuda'}"]
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", "-x", "c++"]
-    subprocess.run([compiler, *flags, *includes, *map(str, files), "-o", str(library)], check=True)
+    built_with = ['-DGRADAMP_CUDA="13.0"', '-DGRADAMP_ARCHS="9.0"']
+    common = ["-std=c++20", "-O1", "-ffp-contract=off", "-pthread", "-w", "-x", "c++", *built_with]
+    command = [compiler, *common, *flags, *includes, *map(str, files), "-o", str(target)]
+    subprocess.run(command, check=True)
+
+
+def compiled(compiler: str, folder: Path) -> ctypes.CDLL:
+    """The library of emulator.cpp, built in an empty folder; its small tables hold 3 tensors."""
+    library = folder / "emulated.so"
+    small = (r"constexpr int kSmallTable = \d+;", "constexpr int kSmallTable = 3;")
+    compile_copy(compiler, folder, library, ["-shared", "-fPIC"], [small])
     loaded = ctypes.CDLL(str(library))
-    loaded.emulated_new.restype = ctypes.c_void_p
+    loaded.emulated_new.restype = loaded.runtime_begin_capture.restype = ctypes.c_void_p
+    loaded.emulated_problem.restype = loaded.runtime_log.restype = ctypes.c_char_p
+    loaded.runtime_stream.argtypes = loaded.runtime_begin_capture.argtypes = [ctypes.c_long]
+    loaded.runtime_destroy_graph.argtypes = [ctypes.c_void_p]
     return loaded
 
 
@@ -69,23 +93,24 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 class EmulatedBackend(Measuring):
-    """A backend like CudaBackend; tests set what a step must not depend on."""
+    """CudaBackend's engine and kernel; tests set what a step must not depend on."""
 
     name: ClassVar[str] = "emulated"
     library: ClassVar[ctypes.CDLL]
-    capacity: ClassVar[int] = 4000
+    large_table: ClassVar[bool] = True
     blocks: ClassVar[int] = 2
     cooperative: ClassVar[bool] = True
     seed: ClassVar[int] = 0
-    launches: ClassVar[int] = 0  # of the last step
+    log: ClassVar[list[str]] = []  # what the last step asked of the runtime
 
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
-        self.reader = GradientReader(plan, state.device, state.members)
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
         self.plan, self.state = plan, state
         numbers: dict[str, Any] = for_kernel(rules)
         values = [float(numbers[name]) for name in ORDER] + [float(len(numbers["windows"]))]
         windows = [number for window in numbers["windows"] for number in window]
         count = len(plan.slots)
+        self.library.runtime_answer(b"driver", 13000 if self.large_table else 12000)
         self.engine = ctypes.c_void_p(
             self.library.emulated_new(
                 (ctypes.c_int32 * count)(*(slot.layer for slot in plan.slots)),
@@ -104,8 +129,14 @@ class EmulatedBackend(Measuring):
             )
         )
 
+        self.check(self.engine.value is not None)
+
     def __del__(self) -> None:
         self.library.emulated_delete(self.engine)
+
+    def check(self, succeeded: bool) -> None:
+        if not succeeded:
+            raise RuntimeError(self.library.emulated_problem().decode())
 
     def step(self, call: Call) -> Outcome:
         gradients = self.reader.read(call)
@@ -113,7 +144,7 @@ class EmulatedBackend(Measuring):
             return gradients
         self.state.begin_anew(self.plan, self.reader.anew)
         self.launch(gradients, call, None)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
 
     def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
@@ -122,7 +153,9 @@ class EmulatedBackend(Measuring):
     def launch(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None) -> None:
         given = [g if g is not None and g.numel() else None for g in gradients]
         dtypes = [DTYPES.index(g.dtype) if g is not None else 0 for g in given]
-        launches = self.library.emulated_step(
+        written = (ctypes.c_uint8 * len(given))()
+        self.library.runtime_log()
+        succeeded = self.library.emulated_step(
             self.engine,
             (ctypes.c_void_p * len(given))(*(pointer(g).value for g in given)),
             (ctypes.c_int32 * len(given))(*dtypes),
@@ -132,13 +165,26 @@ class EmulatedBackend(Measuring):
             int(call.begins_round),
             int(call.decides),
             pointer(sums),
-            self.capacity,
+            written,
             self.blocks,
             int(self.cooperative),
             self.seed,
         )
-        assert launches > 0, "a ticket was left over"
-        type(self).launches = launches
+        type(self).log = self.library.runtime_log().decode().splitlines()
+        self.check(succeeded)
+
+    def settle(self) -> list[str]:
+        """What that asks of the runtime."""
+        self.library.runtime_log()
+        self.library.emulated_settle(self.engine)
+        return self.library.runtime_log().decode().splitlines()
+
+    def follow(self, restored: bool = False) -> None:
+        self.library.emulated_written(self.engine)
+
+    @classmethod
+    def launches(cls) -> int:
+        return sum("launch on" in line for line in cls.log)
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:

@@ -205,7 +205,7 @@ def all_checks(rank: int, processes: int, folder: str) -> dict[str, str]:
     return {**found, "stored": stored(rank, processes, folder)}
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_processes_have_the_same_bits(processes: int, tmp_path: Path) -> None:
     first, *others = run(all_checks, processes, tmp_path, processes, str(tmp_path))
     assert all(other == first for other in others)
@@ -220,6 +220,7 @@ def failing(rank: int) -> None:
     assert rank == 0, "only here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("ddp", 50), ("fsdp2", 100)])
 def test_example(name: str, steps: int, tmp_path: Path) -> None:
     first, second = run_script(ROOT / "examples" / f"{name}.py", 2, tmp_path)

@@ -19,6 +19,7 @@ def test_short(example: Path) -> None:
     assert len(example.read_text().splitlines()) <= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "example", [e for e in EXAMPLES if e.name not in NEED_TORCHRUN], ids=lambda path: path.stem
 )

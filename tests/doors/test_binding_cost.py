@@ -75,8 +75,9 @@ def test_walks_are_rare(place: Place) -> None:
     amplifier = place.amplifier(model)
     optimizer = sgd(model.parameters())
     amplifier.attach(optimizer)
+    parameters = list(model.parameters())
     for step in range(30):
-        for index, p in enumerate(model.parameters()):
+        for index, p in enumerate(parameters):
             p.grad = None if (index + step) % 7 == 0 else torch.ones_like(p)
         optimizer.step()
         if step == 9:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import sys
@@ -134,6 +135,14 @@ def test_the_summary_on_a_terminal_fits_it(width: int, monkeypatch: pytest.Monke
         assert f" {layer.name or '(root)'} " in plain
     assert ("temporal" in plain) == (width > 80)
     assert "change" in plain
+
+
+def test_thousands_of_layers_are_shown_as_plain_text() -> None:
+    console = pytest.importorskip("rich.console")
+    many = Amplifier(nn.ModuleList(nn.Linear(1, 1) for _ in range(3000))).report()
+    shown = console.Console(file=io.StringIO(), force_terminal=True, width=40)
+    shown.print(many)
+    assert "".join(shown.file.getvalue().split()) == "".join(str(many).split())
 
 
 def test_the_summary_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ class Stage:
 
     def run(self, *parts: str, odd: str = "", seconds: str = "60") -> tuple[int, str]:
         process = self.start(*parts, odd=odd, seconds=seconds)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=600)
         return process.returncode, printed
 
     @property
@@ -114,7 +114,7 @@ def test_everything_passes(stage: Stage) -> None:
 
 
 def test_timings_run_alone_and_tests_do_not(stage: Stage) -> None:
-    stage.run(odd="sleep 0.4")
+    stage.run(odd="sleep 1")
     spans: dict[str, list[float]] = {}
     for line in (stage.folder / "diary").read_text().splitlines():
         at, _, what = line.split(" ", 2)
@@ -170,7 +170,7 @@ def test_what_checked_nothing_has_not_passed(stage: Stage, said: str, part: str)
 def test_a_part_over_its_time_tells_what_it_found(stage: Stage) -> None:
     """pytest tells its failures when interrupted; the parts behind still have their time."""
     hang = "trap 'echo 1 failed, 2 passed; exit 2' INT; sleep 0.1; while :; do sleep 0.1; done"
-    status, _ = stage.run(odd=f'case "$*" in *test_cuda.py*) {hang} ;; esac', seconds="6")
+    status, _ = stage.run(odd=f'case "$*" in *test_cuda.py*) {hang} ;; esac', seconds="30")
     assert status == 1
     assert stage.verdicts["cuda-tests"].startswith("FAILED: over its time, ")
     assert stage.verdicts["cuda-tests"].endswith("1 failed, 2 passed")
@@ -186,8 +186,8 @@ def test_a_part_that_does_not_listen_is_killed(
     late = acceptance.Part("late", 0.1, ["true"], after=("deaf",))
     stage.out.mkdir()
     begun = time.monotonic()
-    assert not acceptance.Acceptance([part, late], stage.out, 2.0).run()
-    assert time.monotonic() - begun < 10
+    assert not acceptance.Acceptance([part, late], stage.out, 20.0).run()
+    assert time.monotonic() - begun < 50  # not the minute that it would sleep
     assert part.verdict.startswith("FAILED: over its time")
     assert late.verdict == "FAILED: no time was left"
     assert not Path(f"/proc/{part.lines[0]}").exists()
@@ -195,12 +195,12 @@ def test_a_part_that_does_not_listen_is_killed(
 
 def test_cut_from_outside_it_leaves_what_was_done(stage: Stage) -> None:
     process = stage.start(odd='case "$*" in *test_cuda.py*) echo dots; sleep 60 ;; esac')
-    for _ in range(200):
+    for _ in range(2000):
         time.sleep(0.1)
         if stage.out.exists() and "dots" in (stage.out / "acceptance.log").read_text():
             break
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM
     assert stage.verdicts["build"] == "passed"
     assert stage.verdicts["cuda-tests"] == "FAILED: cut off from outside"
@@ -247,7 +247,7 @@ def test_tests_run_side_by_side_where_xdist_is(
 ) -> None:
     monkeypatch.setattr(acceptance, "find_spec", lambda name: name if there else None)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    part = acceptance.tests("t", 0.5, "step", "cuda", ())
+    part = acceptance.tests("t", 0.5, "step", "cuda", 8)
     assert (part.command[-3:-1] == ["-n", "8"]) is there
     assert part.environment == {"OMP_NUM_THREADS": "1"}
 

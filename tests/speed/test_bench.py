@@ -308,3 +308,20 @@ def test_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["modls"])
     assert "choose from models, scaling, training, memory" in capsys.readouterr().err
+
+
+def test_the_table_of_state_sizes_is_that_of_the_models() -> None:
+    pytest.importorskip("torchvision")
+    from bench import state_size
+
+    page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text()
+    assert state_size.page_with_table(page) == page
+    shares = [float(row[-1].rstrip("%")) for row in state_size.rows()]
+    assert shares[0] < 1 < 10 < shares[-1]
+
+
+def test_the_calls_on_large_models_are_verified_before_they_are_timed() -> None:
+    from bench import large
+
+    assert all(took > 0 for took in large.microseconds(40, repeats=1).values())
+    assert all(holds(call()) for _, call, holds in large.calls(40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -281,6 +282,48 @@ def test_nothing_is_allocated_in_a_capture() -> None:
     with pytest.raises(RuntimeError, match="prepare"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         amplifier.step()
     torch.cuda.synchronize()
+
+
+def test_a_graph_outlives_its_amplifier() -> None:
+    """The memory that its steps use is not given to others."""
+    shapes = {"a.w": (5000,), "b.w": (70,)}
+    graph, found = torch.cuda.CUDAGraph(), []
+    for graphed in (False, True):
+        model = bare(shapes, device=HERE.device)
+        stream = Stream(model)
+        put(model, stream.next())
+        amplifier = HERE.amplifier(model, timing="exact", **QUICK)
+        amplifier.step()
+        if graphed:
+            with torch.cuda.graph(graph):
+                amplifier.step()
+        for step in range(4):
+            for parameter, value in zip(model.parameters(), stream.next().values(), strict=True):
+                parameter.grad.copy_(value)
+            if not graphed:
+                amplifier.step()
+                continue
+            if step == 1:
+                del amplifier
+                gc.collect()
+                torch.cuda.synchronize()
+                others = [torch.full((1 << 10,), torch.nan, device="cuda") for _ in range(2000)]
+            graph.replay()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+    assert all(bool(other.isnan().all()) for other in others)
+
+
+def test_whoever_reads_the_state_waits_for_a_step_on_another_stream() -> None:
+    model = bare({"a.w": (1 << 20,)}, device=HERE.device)
+    put(model, Stream(model).next())
+    amplifier = HERE.amplifier(model, **QUICK)
+    amplifier.prepare()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        amplifier.step()
+    assert amplifier.report().steps == 1
 
 
 def test_streams_follow_one_another() -> None:

@@ -38,6 +38,7 @@ def version(module: Any) -> tuple[int, ...]:
 
 
 @outside
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     if version(triton) < (3, 8) and version(numpy) >= (2, 4):

@@ -41,7 +41,7 @@ class TritonBackend(Backend):
                 "call amplifier.prepare() or take one step first"
             )
         with torch.cuda.device(self.device if on_gpu else -1):
-            self.addresses = GradientAddresses(plan, self.device, state.members)
+            self.addresses = GradientAddresses(plan, state, rules.needs_norm)
             self.launcher = Launcher(plan, state, rules)
             self.launcher.load(self.addresses.dtypes)
 
@@ -55,7 +55,7 @@ class TritonBackend(Backend):
                 self.launcher(self.addresses.dtypes, self.addresses.words, call)
         else:
             self.launcher(self.addresses.dtypes, self.addresses.words, call)
-        self.addresses.written(call.found_inf)
+        self.addresses.written(call)
         return Outcome.DONE
 
     @staticmethod

@@ -241,7 +241,7 @@ def _threshold(config, scores, layers):
 
 @triton.jit
 def decide(values, config, scores, layers, decision, step):
-    """Chooses anew in that step which layers are amplified; ``decision`` numbers the draws."""
+    """Chooses anew which layers are amplified, in ``step``; ``decision`` numbers the draws."""
     _store_scores(values, config, scores, layers, decision)
     tl.debug_barrier()
     tau = _threshold(config, scores, layers)

@@ -132,10 +132,18 @@ class Launcher:
             self._launch[dtypes] = self._bind(dtypes)
 
     def _bind(self, dtypes: int) -> Any:
-        nothing = (0, 0, 0, 0)  # no scale, no found_inf; no flag, no phase
         arguments = (
-            *(*self._tensors, self._table.table, *nothing[:2], *self._sizes, *nothing),
-            *(dtypes, False),
+            *self._tensors,
+            self._table.table,
+            0,
+            0,
+            *self._sizes,
+            0,
+            0,
+            0,
+            0,
+            dtypes,
+            False,
         )
         options = compiler_options(dtypes, self.cooperative, bool(torch.version.hip))
         kernel = step.step_kernel.warmup(*arguments, grid=(1,), **options)

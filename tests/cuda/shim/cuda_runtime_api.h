@@ -1,7 +1,9 @@
-// Enough of CUDA to compile the kernel for the host, where fibers stand for its threads:
-// they run in random order between barriers, so what needs a barrier and has none shows.
+// Enough of CUDA to compile the kernel and its engine for the host. Threads stand for blocks,
+// and fibers for a block's threads: they run in random order between barriers, so that what needs
+// a barrier and has none shows.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -10,7 +12,7 @@
 #define __host__
 #define __global__
 #define __grid_constant__
-#define __shared__ static  // blocks run one after another
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 
 #define __builtin_assume(...)
@@ -25,12 +27,33 @@ struct Index {
 
 namespace emulator {
 
-extern Index thread;  // of the fiber that runs
-extern int exchanged[256][2];
+extern thread_local Index thread;  // of the fiber that runs
+extern thread_local int exchanged[256][2];
 
 enum class Barrier { kWarp, kBlock };
 void wait(Barrier barrier);
-uint32_t increment(uint32_t* ticket, uint32_t last);  // wraps to zero after `last`
+void wait_for_all_blocks();
+// The block's, of whatever size the launch asks for.
+template <class T>
+T* shared_memory() {
+  alignas(16) static thread_local char memory[228 << 10];
+  return reinterpret_cast<T*>(memory);
+}
+
+void delay();  // lets other blocks come in between, as chance will have it
+// Adds one, or wraps to zero after `last`, as the instruction atom.<order>.inc does.
+template <std::memory_order kOrder>
+uint32_t increment(uint32_t* ticket, uint32_t last) {
+  delay();
+  const std::atomic_ref<uint32_t> shared(*ticket);
+  uint32_t old = shared.load(std::memory_order_relaxed);
+  while (!shared.compare_exchange_weak(old, old >= last ? 0 : old + 1, kOrder,
+                                       std::memory_order_relaxed)) {
+  }
+  delay();
+  return old;
+}
+long long clock();
 
 template <class T>
 T shuffle(T value, int source) {
@@ -53,7 +76,7 @@ To bits(From from) {
 }  // namespace emulator
 
 #define threadIdx emulator::thread
-extern Index blockIdx, gridDim;
+extern thread_local Index blockIdx, gridDim;
 
 inline void __syncthreads() { emulator::wait(emulator::Barrier::kBlock); }
 inline void __syncwarp() { emulator::wait(emulator::Barrier::kWarp); }
@@ -75,10 +98,7 @@ template <class T>
 T __ldcg(const T* p) {
   return *p;
 }
-inline long long clock64() {
-  static long long now = 0;
-  return now += 1000;
-}
+inline long long clock64() { return emulator::clock(); }
 inline float __uint_as_float(uint32_t x) { return emulator::bits<float>(x); }
 inline uint32_t __float_as_uint(float x) { return emulator::bits<uint32_t>(x); }
 inline double __hiloint2double(int high, int low) {
@@ -93,29 +113,69 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, unsigned shift) {
 
 // ---- the runtime --------------------------------------------------------------------
 
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+#define CUDART_VERSION 13000
+
+using cudaStream_t = struct StreamStandIn*;
+using cudaEvent_t = struct EventStandIn*;
+using cudaGraph_t = struct GraphStandIn*;
+using cudaUserObject_t = struct UserObjectStandIn*;
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
+  cudaErrorSystemDriverMismatch = 803,
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrCooperativeLaunch,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-  const int values[] = {2, 1, 100 << 10, 100 << 10};
-  return *value = values[name], cudaSuccess;
-}
-inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-struct cudaFuncAttributes {};
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
-                                                                 size_t) {
-  return *blocks = 3, cudaSuccess;
-}
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+enum { cudaEventDisableTiming = 2, cudaUserObjectNoDestructorSync = 1, cudaGraphUserObjectMove = 1 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
+const char* cudaGetErrorString(cudaError_t error);
+const char* cudaGetErrorName(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute name, int value);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event);
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id, cudaGraph_t* graph, void*, void*,
+                                     void*);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* what, void (*destroy)(void*),
+                                 unsigned count, unsigned flags);
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned count);
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count,
+                                      unsigned flags);
 cudaError_t cudaLaunchKernel(const void* kernel, int blocks, int threads, void** parameters,
                              size_t shared, cudaStream_t stream);
 cudaError_t cudaLaunchCooperativeKernel(const void* kernel, int blocks, int threads,

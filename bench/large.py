@@ -1,0 +1,87 @@
+"""The host's cost a layer in a model of very many: `python -m bench.large [LAYERS]`.
+
+Times what walks the model or reads the state; a step is timed elsewhere. Nothing is printed for a
+call whose result is not what it should be.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradamp_fast import Amplifier
+
+LAYERS = 16_000
+REPEATS = 5
+Call = tuple[str, Callable[[], Any], Callable[[Any], bool]]
+
+
+class Block(nn.Module):
+    """Four layers of a weight and a bias each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index in range(4):
+            self.add_module(f"linear{index}", nn.Linear(4, 4))
+
+
+def calls(layers: int) -> list[Call]:
+    """What is timed: its name, the call, and what has to hold for its result."""
+    model = nn.ModuleList(Block() for _ in range(layers // 4))
+    for number, parameter in enumerate(model.parameters(), 1):
+        parameter.grad = torch.full_like(parameter, number)
+    amplifier = Amplifier(model, min_steps=1, refresh=1)
+    amplifier.step()
+    amplifier.step()
+    stored = amplifier.state_dict()
+
+    def replaced() -> list[int]:
+        model[0].linear0 = nn.Linear(4, 5)
+        amplifier.rebind()
+        begun_anew = [layer.steps for layer in amplifier.report().layers[:2]]
+        model[0].linear0 = nn.Linear(4, 4)
+        amplifier.rebind()
+        amplifier.load_state_dict(stored)
+        return begun_anew
+
+    def loaded() -> bool:
+        amplifier.reset()
+        amplifier.load_state_dict(stored)
+        sketches = amplifier.state_dict()["sketches"]
+        return all(torch.equal(sketches[name], t) for name, t in stored["sketches"].items())
+
+    return [
+        ("Amplifier(model)", lambda: Amplifier(model), lambda a: len(a.report().layers) == layers),
+        ("rebind()", amplifier.rebind, lambda _: amplifier.report().layers[-1].steps == 2),
+        ("replace, rebind twice, load", replaced, lambda steps: steps == [0, 2]),
+        ("state_dict()", amplifier.state_dict, lambda s: len(s["sketches"]) == 2 * layers),
+        ("load, save and compare", loaded, bool),
+        ("report()", amplifier.report, lambda r: len(r.layers) == layers),
+        ("summary()", amplifier.summary, lambda s: len(s.splitlines()) >= layers),
+    ]
+
+
+def microseconds(layers: int, repeats: int = REPEATS) -> dict[str, float]:
+    """Least process time a layer of each call. RuntimeError if one's result is wrong."""
+    found = {}
+    for name, call, holds in calls(layers):
+        if not holds(call()):
+            raise RuntimeError(f"{name}: the result is wrong")
+        least = float("inf")
+        for _ in range(repeats):
+            begin = time.process_time()
+            call()
+            least = min(least, time.process_time() - begin)
+        found[name] = least / layers * 1e6
+    return found
+
+
+if __name__ == "__main__":
+    number = int(sys.argv[1]) if len(sys.argv) > 1 else LAYERS
+    for what, took in microseconds(number).items():
+        print(f"{what:<28} {took:6.2f} us a layer")
