@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..learning_rates import LearningRates
 from .plan import Plan
 
 
@@ -18,12 +19,14 @@ class Holding:
 
     Attributes:
         hook: by which the optimizer's steps amplify; None if something else calls the steps.
+        rates: the learning rates of its groups at the last step.
     """
 
     hook: RemovableHandle | None = None
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self.rates = LearningRates()
         # Held, and compared by identity: addresses are given to other parameters in time.
         self._parameters: list[Parameter] = []
         self._groups: list[tuple[int, object]] = []
