@@ -112,6 +112,8 @@ class BoundModel:
         if call.grad_scale is not None or call.found_inf is not None:
             self._check_scalar("grad_scale", call.grad_scale)
             self._check_scalar("found_inf", call.found_inf)
+        if holding is not None and self.rules.grow:
+            self._watch_rates(holding)
         self._unlooked += 1
         if self._unlooked >= self._period:
             self._patience = 1
@@ -345,15 +347,17 @@ class BoundModel:
         self.holdings.discard(holding)
         self._heed_optimizers()
         if holding in self._risers:
-            self.tell_rising(holding, False)
+            self._tell_rising(holding, False)
 
-    def tell_rising(self, holding: Holding, rising: bool | None) -> None:
-        """Whether the optimizer's learning rate rises, if that can be told: then nothing grows.
+    def _watch_rates(self, holding: Holding) -> None:
+        """Before a step: nothing grows in it if the optimizer's learning rate has risen."""
+        optimizer = holding.optimizer
+        rising = None if optimizer is None else holding.rates.rise(optimizer)
+        if rising is not None:
+            self._tell_rising(holding, rising)
 
-        Written to the device where it changes what is there.
-        """
-        if rising is None:
-            return
+    def _tell_rising(self, holding: Holding, rising: bool) -> None:
+        """Written to the device where it changes what is there."""
         (self._risers.add if rising else self._risers.discard)(holding)
         rises = len(self._risers) > 0
         if rises != self._rising:
