@@ -14,6 +14,7 @@ from .shards import Shard, local, shard_of
 # A tensor's buckets begin at a multiple of this in a row of the sketch: at 64 bytes, so that the
 # widest vectors find them aligned.
 BUCKET_ALIGNMENT = 16
+Member = tuple[str, Parameter, str | None]  # with its name and its layer's, None if excluded
 SIGN_WORD = 32  # elements whose signs are the bits of one hash
 SHORT_BUCKET_LOG2, LONG_BUCKET_LOG2 = 4, 9  # buckets of 16 and of 512 elements
 
@@ -96,6 +97,18 @@ class Plan:
         """Buckets of a row of the sketch from each measured tensor's first to the next one's."""
         return tuple(_aligned(slot.buckets) for slot in self.slots[: self.measured])
 
+    @cached_property
+    def slots_of(self) -> tuple[range, ...]:
+        """Indices of each layer's slots."""
+        begin, out = 0, []
+        for layer in range(len(self.layers)):
+            end = begin
+            while end < self.measured and self.slots[end].layer == layer:
+                end += 1
+            out.append(range(begin, end))
+            begin = end
+        return tuple(out)
+
     @property
     def sharded(self) -> bool:
         """Whether gradients are spread over processes."""
@@ -144,10 +157,8 @@ def _aligned(buckets: int) -> int:
     return -(-buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
 
 
-def make_plan(
-    members: Sequence[tuple[str, Parameter, str | None]], watched: Iterable[Parameter]
-) -> Plan:
-    """A plan from (parameter name, parameter, layer name or None if excluded) in model order."""
+def make_plan(members: Sequence[Member], watched: Iterable[Parameter]) -> Plan:
+    """A plan from parameters in model order."""
     layers = list(dict.fromkeys(layer for _, _, layer in members if layer is not None))
     index = {name: number for number, name in enumerate(layers)}
     numbered = [
