@@ -238,7 +238,7 @@ class BoundModel:
 
     def settled_state(self) -> State:
         """The state, once the last step on sharded gradients is added up: may be a collective."""
-        if self._backend is not None:
+        if self._backend is not None and not torch.compiler.is_compiling():
             self._backend.settle()
         return self._state
 
