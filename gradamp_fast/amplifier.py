@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -163,6 +164,15 @@ class Amplifier:
         no hooks.
         """
         return Attachment(self.bound, innermost(optimizer))
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which backpropagation is that of the model alone.
+
+        For ``placement="backward"``, under which any backward pass through the model is amplified:
+        input gradients, penalties on them, ``torch.func.grad``, Hessians. Elsewhere it does
+        nothing, for only ``step`` amplifies.
+        """
+        return self.bound.suspended()
 
     @property
     def attached(self) -> bool:

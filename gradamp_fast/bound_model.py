@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from .call import Call, Outcome
 from .model.gradients import GradientReader, state_device
 from .model.optimizers import Holding
 from .model.plan import Plan
+from .model.rounds import Rounds
 from .model.walk import Skeleton, find_layers, unwrap
 from .options import Options
-from .reference import nonfinite_layers
+from .reference import end_round, nonfinite_layers
 from .reference.state import State
 
 _OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
@@ -62,13 +64,16 @@ class BoundModel:
         self.plan = find_layers(unwrap(model), options)
         self.epoch = -1
         self.holdings: weakref.WeakSet[Holding] = weakref.WeakSet()
-        self._stepped: weakref.WeakSet[Holding] = weakref.WeakSet()  # in the round under way
         self.handle = next(_HANDLES)
         self._options = options
-        self._model = weakref.ref(unwrap(model))
+        # The callback holds nothing: what it is a method of may be gone before the model.
+        forget = weakref.WeakMethod(self._forget)
+        self._model = weakref.ref(unwrap(model), lambda _: (call := forget()) and call())
         self._state = State(self.plan, options.factor, state_device(self.plan))
         self._backend: backends.Stepping | None = None
         self._excluded: frozenset[int] = frozenset()
+        self._shares: dict[int, int] = {}
+        self._rounds = Rounds()
         self._owned: list[int] = []
         self._skeleton: Skeleton | None = None
         self._unlooked = 0  # steps since the model was compared
@@ -77,6 +82,7 @@ class BoundModel:
         self._warned_empty = False
         self._rising: bool | None = None  # as it stands in the state; None: not known
         self._risers: weakref.WeakSet[Holding] = weakref.WeakSet()
+        self._suspensions = 0
         _BOUND[self.handle] = self
 
     @property
@@ -115,14 +121,20 @@ class BoundModel:
             mask = holding.only
         if mask is not None:
             call = call._replace(only=mask(self.plan))
+        call = self._rounds.place(call, holding, self.holdings)
+        if call.begins_round and self._rounds.undecided:
+            self._end_round()
+        if self.rules.exact and not self.rules.grow:
+            call = call._replace(decides=True)  # by what it measured itself
+        outcome = self._step(backend, call, mask)
+        self._rounds.made(call, holding, empty=outcome is Outcome.EMPTY)
+
+    def _step(self, backend: backends.Stepping, call: Call, mask: Mask | None) -> Outcome:
         self._raise_if_nonfinite(backend, call)
         outcome = backend.step(call)
         if outcome is not Outcome.DONE:
             outcome = self._step_again(outcome, call, mask)
-        if outcome is Outcome.DONE and holding is not None:
-            if self.round_of(holding)[0]:
-                self._stepped.clear()
-            self._stepped.add(holding)
+        return outcome
 
     def _step_again(self, outcome: Outcome, call: Call, mask: Mask | None) -> Outcome:
         """After a step that came to nothing, with a closer look at the model."""
@@ -147,8 +159,16 @@ class BoundModel:
             )
         return outcome
 
+    def _end_round(self) -> None:
+        """Decides, where that is due, for a round in which not every optimizer stepped."""
+        end_round(self.settled_state(), self.rules)
+        self._rounds.undecided = False
+        self.written()
+
     def prepare(self) -> backends.Stepping:
         """The backend, made on first use for the device that the gradients are on."""
+        if self.model is None:
+            raise RuntimeError("the amplifier's model is gone: keep a reference to the model")
         if not self._owned:
             self.look_again(warn=False)  # the model may have changed since
             self._own(self.plan)
@@ -157,7 +177,22 @@ class BoundModel:
                 self._backend = backends.make(
                     self._options.backend, self.plan, self._state, self.rules, self.model
                 )
+            self._backend.suspended = self._suspensions > 0
         return self._backend
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Gradients that are computed meanwhile are left alone."""
+        self._suspend(1)
+        try:
+            yield
+        finally:
+            self._suspend(-1)
+
+    def _suspend(self, by: int) -> None:
+        self._suspensions += by
+        if self._backend is not None:
+            self._backend.suspended = self._suspensions > 0
 
     def _check_scalar(self, name: str, value: object) -> None:
         if value is None:
@@ -186,6 +221,17 @@ class BoundModel:
                 "written (error_if_nonfinite=True)"
             )
 
+    def _forget(self) -> None:
+        """The model is gone: its parameters are let go, what was measured can still be read."""
+        self.settled_state()
+        self._backend = None
+        for holding in self.holdings:
+            holding.let_go()
+        for identity in self._owned:
+            _OWNERS.pop(identity, None)
+        self._owned = []
+        self.plan = self.plan.without_parameters()
+
     # ---- the state ------------------------------------------------------------------
 
     def settled_state(self) -> State:
@@ -213,12 +259,15 @@ class BoundModel:
         ValueError, with everything as it was, as ``find_layers`` does, and for a parameter that
         another one owns. With sharded parameters a collective.
         """
-        model, plan = self.model, self.plan
-        if model is not None:
-            bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
-            plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
-            self._skeleton = Skeleton(model)
-            self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
+        model = self.model
+        if model is None:
+            return
+        bound = {id(slot.parameter) for slot in self.plan.slots} if self._owned else ()
+        plan = find_layers(
+            model, self._options, self._excluded, bound, self._shares, check_names=False
+        )
+        self._skeleton = Skeleton(model)
+        self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
         self._unlooked = 0
         device = state_device(plan)
         state = self.settled_state()  # whether anything changed or not, as all processes do it
@@ -286,7 +335,7 @@ class BoundModel:
         """From here on what the optimizer does not want amplified is left out; all or nothing."""
         self.holdings.add(holding)
         try:
-            self._exclude_unwanted()
+            self._heed_optimizers()
         except ValueError:
             self.holdings.discard(holding)
             raise
@@ -294,7 +343,7 @@ class BoundModel:
     def leave(self, holding: Holding) -> None:
         """The optimizer's wishes no longer count."""
         self.holdings.discard(holding)
-        self._exclude_unwanted()
+        self._heed_optimizers()
         if holding in self._risers:
             self.tell_rising(holding, False)
 
@@ -314,25 +363,23 @@ class BoundModel:
     def follow(self, holding: Holding) -> None:
         """Before an optimizer's step: what came into its groups is bound, if it is the model's."""
         if holding.changed():
-            self._exclude_unwanted()
+            self._heed_optimizers()
             self._look_if_changed()
 
-    def round_of(self, holding: Holding) -> tuple[bool, bool]:
-        """Whether the optimizer's coming step begins a round, and whether it completes one.
-
-        A round ends when all optimizers have stepped in it, or when one of them steps again.
-        """
-        begins = not self._stepped or holding in self._stepped
-        stepped = {holding} if begins else {holding, *self._stepped}
-        return begins, stepped.issuperset(h for h in self.holdings if h.active)
-
-    def _exclude_unwanted(self) -> None:
-        unwanted = frozenset().union(*(h.unwanted for h in self.holdings if h.active))
-        if unwanted == self._excluded:
+    def _heed_optimizers(self) -> None:
+        """Leaves out what they do not want amplified; each one's share of a layer is its own."""
+        active = sorted((h for h in self.holdings if h.active), key=lambda h: h.number)
+        unwanted = frozenset().union(*(h.unwanted for h in active))
+        shares: dict[int, int] = {}
+        for holding in active if len(active) > 1 else ():
+            for parameter in holding.parameters:
+                shares.setdefault(parameter, holding.number)
+        if (unwanted, shares) == (self._excluded, self._shares):
             return
-        before, self._excluded = self._excluded, unwanted
+        before = self._excluded, self._shares
+        self._excluded, self._shares = unwanted, shares
         try:
             self.look_again(warn=False)
         except ValueError:
-            self._excluded = before
+            self._excluded, self._shares = before
             raise

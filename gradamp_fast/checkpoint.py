@@ -31,8 +31,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     ``state``; ``layers``, name to number of elements; ``state``: fp64 [globals + layers x
     fields]; ``sketches``: parameter name to the running means of its buckets, fp32 [buckets];
     ``cuts``: of each sharded parameter name, how it is cut, where its parts start, and how many
-    buckets each has. With sharded parameters a collective.
+    buckets each has; ``members``: of each parameter that is a member of its layer its name and the
+    order of its dimensions in memory, None if that is row-major. With sharded parameters a
+    collective.
     """
+    members = state.members
     sketches, cuts = _put_together(plan, state.means(plan, torch.device("cpu")))
     return {
         "schema": SCHEMA,
@@ -43,6 +46,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
         "state": state.values.detach().cpu().clone(),
         "sketches": sketches,
         "cuts": cuts,
+        "members": [
+            [slot.name, None if order is None else list(order)]
+            for slot, flag, order in zip(plan.slots, members.flags, members.orders, strict=False)
+            if flag
+        ],
     }
 
 
@@ -76,6 +84,12 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     for index, name in enumerate(fields):
         state.column(name).copy_(rows[:, index])
     state.take_means(plan, parts)
+    state.members.clear()
+    orders = dict(stored.get("members", ()))
+    for index, slot in enumerate(plan.slots[: plan.measured]):
+        if slot.name in orders:
+            order = orders[slot.name]
+            state.members.set(index, None if order is None else tuple(order), seen=False)
     return int(state.scalar("epoch"))
 
 
@@ -104,6 +118,7 @@ def _without_wrappers(stored: Mapping[str, Any], plan: Plan) -> Mapping[str, Any
                 "layers": {name[cut:]: numel for name, numel in stored["layers"].items()},
                 "sketches": {name[cut:]: means for name, means in stored["sketches"].items()},
                 "cuts": [[name[cut:], *rest] for name, *rest in stored["cuts"]],
+                "members": [[name[cut:], order] for name, order in stored.get("members", ())],
             }
     return stored
 

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, Literal, get_args
 
-from ._checks import nearest, one_of
+from ._checks import nearest, one_of, plain
 from .schedule import Schedule
 
 Measure = Literal["fluctuation", "direction", "variance", "random"]
@@ -127,12 +127,13 @@ class Options:
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not LEFT_OUT:
+                object.__setattr__(self, field.name, _plain(field.name, value))
         for name, default in DEFAULTS[self.grow is True].items():
             if getattr(self, name) is LEFT_OUT:
                 object.__setattr__(self, name, default)
         self._validate()
-        for field in fields(self):
-            object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
 
     def _validate(self) -> None:
         check_factor(self.factor, grow=self.grow is True)
@@ -382,10 +383,8 @@ def _check_names(given: Iterable[str]) -> None:
 def _plain(option: str, value: Any) -> Any:
     """The value without what could change later or cannot be stored: numpy numbers, lists."""
     if option in ("include", "exclude") and value is not None and not callable(value):
-        return (value,) if isinstance(value, str) else tuple(value)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return value
+        return (plain(value),) if isinstance(value, str) else tuple(map(plain, value))
+    return plain(value)
 
 
 def _same(a: object, b: object) -> bool:

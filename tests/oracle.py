@@ -70,12 +70,20 @@ class Layer:
     settled: bool = False
     V_min: float = math.inf
     means: dict[str, Vector] = field(default_factory=dict)  # fp32, one entry a bucket
+    members: set[str] = field(default_factory=set)  # parameters that had a gradient so far
 
     def restart(self) -> None:
         self.k = 0
         self.V = self.Q = self.D = self.F = self.R = 0.0
         self.V_min = math.inf
         self.means.clear()
+
+    def meet(self, names: set[str]) -> None:
+        """Those have a gradient now; one that never had one makes the layer begin anew."""
+        if self.members and names - self.members:
+            self.restart()
+            self.selected, self.a, self.settled = False, 1.0, False
+        self.members |= names
 
     @property
     def surging(self) -> bool:
@@ -285,6 +293,8 @@ class Oracle:
             for layer, state in self.layers.items()
         }
         present = {n: of for n, of in present.items() if sum(g.size for g in of.values())}
+        for layer, of in present.items():
+            self.layers[layer].meet({name for name, g in of.items() if g.size})
         finite = all(np.isfinite(g).all() for of in present.values() for g in of.values())
         self.now = self.steps
         standing = self.factors()
@@ -294,7 +304,8 @@ class Oracle:
             return None
 
         for name, of in present.items():
-            self.update(self.layers[name], of)
+            if self.layers[name].members <= set(of):
+                self.update(self.layers[name], of)
         counted = self.steps - self.skipped_steps
         if self.refresh != "epoch" and counted % self.refresh == 0:
             self.decide()

@@ -3,6 +3,7 @@
 python -m bench.accuracy grow --data digits            the table: three networks, two optimizers
 python -m bench.accuracy grow --data digits --edge     the edge: batches and schedules that hurt
 python -m bench.accuracy grow --data digits --report   tables of what is there; runs nothing
+python -m bench.accuracy grow --data digits --docs     writes them into docs/growing.md
 
 Every command goes on where an earlier one ended.
 """
@@ -27,6 +28,7 @@ from bench.accuracy.grow_runs import OPTIMIZERS, SCHEDULES, Row, Run, append, ex
 from bench.results import describe_machine
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy" / "grow"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "growing.md"
 SEEDS = range(5)
 
 # Far too low, low, tuned, too high.
@@ -65,6 +67,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--data", choices=("digits",), default="digits", help="default: %(default)s")
     add("--edge", action="store_true", help="the larger grid at which harm is most likely")
     add("--report", action="store_true", help="run nothing; write and print the tables")
+    add("--docs", action="store_true", help="run nothing; fill the tables of docs/growing.md")
     add("--networks", nargs="+", choices=NETWORKS, metavar="NAME", help="only these")
     add("--optimizers", nargs="+", choices=OPTIMIZERS, metavar="NAME", help="only these")
     add("--seeds", type=int, default=len(SEEDS), metavar="N", help="only the first N")
@@ -127,6 +130,11 @@ def main(argv: Sequence[str]) -> int:
     name = f"{given.data}{'-edge' if given.edge else ''}"
     path = given.out / f"{name}.csv"
     try:
+        if given.docs:
+            stored = {"table": given.data, "edge": f"{given.data}-edge"}
+            rows_of = {part: read(given.out / f"{file}.csv") for part, file in stored.items()}
+            grow_report.write(DOCUMENT, rows_of)
+            return 0
         if not given.report:
             work(wanted(given), path, given)
         rows = read(path)

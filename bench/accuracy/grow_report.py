@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
 from bench.accuracy import statistics
 from bench.accuracy.grow_runs import Row
 from bench.docs import table as markdown
 
+_PART = re.compile(r"(<!-- grow: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HARM = 1.5  # points below plain at the same rate
+NOTHING = "Not measured yet."
 NEAR = 2.0  # points below the best plain rate
 
 
@@ -69,6 +73,12 @@ def accuracy(values: Sequence[float]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
+    """A page of its own."""
+    command = "Written by `python -m bench.accuracy grow`."
+    return "\n".join(["# Growing amplification", "", command, "", table_part(rows)])
+
+
+def table_part(rows: Sequence[Row]) -> str:
     """Plain → growing, a line a setting and a column a learning rate."""
     lines = []
     for setting, of in cells(rows).items():
@@ -79,10 +89,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = [line + [""] * (most - len(line)) for line in lines]
     return "\n".join(
         [
-            "# Growing amplification",
-            "",
-            "Written by `python -m bench.accuracy grow`. Test accuracy in percent with its 95 % "
-            "interval over the seeds, plain → growing from the same learning rate.",
+            "Test accuracy in percent with its 95 % interval over the seeds, plain → growing from "
+            "the same learning rate.",
             "",
             conditions(rows),
             "",
@@ -102,6 +110,12 @@ def conditions(rows: Sequence[Row]) -> str:
 
 
 def edge(rows: Sequence[Row]) -> str:
+    """A page of its own."""
+    command = "Written by `python -m bench.accuracy grow --edge`."
+    return "\n".join(["# Growing amplification at the edge", "", command, "", edge_part(rows)])
+
+
+def edge_part(rows: Sequence[Row]) -> str:
     """How many cells are worse off, which, and how far the lowest rates come."""
     made = cells(rows)
     all_cells = [(setting, cell) for setting, of in made.items() for cell in of]
@@ -134,10 +148,7 @@ def edge(rows: Sequence[Row]) -> str:
     ]
     return "\n".join(
         [
-            "# Growing amplification at the edge",
-            "",
-            "Written by `python -m bench.accuracy grow --edge`. Test accuracy in percent with its "
-            "95 % interval over the seeds.",
+            "Test accuracy in percent, with its 95 % interval where there are several seeds.",
             "",
             conditions(rows),
             "",
@@ -151,9 +162,9 @@ def edge(rows: Sequence[Row]) -> str:
                 ["network", "cells", "harmed", "worst", "lowest rate near best", "plain there"],
                 by_network,
             ),
-            *([] if not worst else ["## Worse off", ""]),
+            *([] if not worst else ["Worse off:", ""]),
             *markdown(["cell", "plain", "growing", "difference"], worst),
-            *([] if not far else ["## Lowest rates that stay behind", ""]),
+            *([] if not far else ["Lowest rates that stay behind:", ""]),
             *markdown(["cell", "plain", "growing", "best plain rate"], far),
         ]
     )
@@ -161,3 +172,14 @@ def edge(rows: Sequence[Row]) -> str:
 
 def place(setting: Setting) -> str:
     return f"{setting.network}, {setting.optimizer}, batch {setting.batch}, {setting.schedule}"
+
+
+def write(document: Path, rows: dict[str, list[Row]]) -> None:
+    """Fills the parts ``table`` and ``edge`` of a document, each with its rows."""
+    made = {"table": table_part, "edge": edge_part}
+
+    def replaced(found: re.Match[str]) -> str:
+        of = rows[found[2]]
+        return f"{found[1]}\n{made[found[2]](of).strip() if of else NOTHING}\n\n{found[3]}"
+
+    document.write_text(_PART.sub(replaced, document.read_text()))

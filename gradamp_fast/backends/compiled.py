@@ -17,6 +17,7 @@ from ..reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS, State
 from .stepping import Measuring
 
 # The extension's own lists, which have to be the same.
+_MEMBERS = 5  # Outcome::kMembers in csrc/stepper.h
 LISTS = {
     "GLOBAL_FIELDS": GLOBAL_FIELDS,
     "LAYER_FIELDS": LAYER_FIELDS,
@@ -32,7 +33,8 @@ class CompiledBackend(Measuring):
         extension = _extension.load()
         assert extension is not None, _extension.reason()
         _extension.check_lists(extension, LISTS)
-        self.reader = GradientReader(plan, state.device, rules.needs_norm)
+        self.plan, self.state = plan, state
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
         self.compiled = extension.Stepper(
             parameters=[slot.parameter for slot in plan.slots],
             watched=list(plan.watched),
@@ -44,6 +46,8 @@ class CompiledBackend(Measuring):
             values=state.values,
             sketch=state.sketch,
             parity=state.parity,
+            members=state.members.flags,
+            lacking=state.members.lacking,
         )
 
     def step(self, call: Call) -> Outcome:
@@ -54,6 +58,9 @@ class CompiledBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        self.state.begin_anew(self.plan, self.reader.anew)
+        if outcome == _MEMBERS:
+            return Outcome(self.compiled.step(*call, members_known=True))
         self._step_gradients(gradients, call, None)
         self.reader.write_back(call)
         return Outcome.DONE

@@ -24,12 +24,13 @@ class TorchBackend(Measuring):
 
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         self.plan, self.state, self.rules = plan, state, rules
-        self.reader = GradientReader(plan, state.device, rules.needs_norm)
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
 
     def step(self, call: Call) -> Outcome:
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        self.state.begin_anew(self.plan, self.reader.anew)
         reference.step(self.plan, self.state, self.rules, gradients, call)
         self.reader.write_back(call)
         return Outcome.DONE

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..call import Call, Outcome
+from .members import Members, is_dense
 from .plan import Plan, Slot
 from .shards import is_dtensor, local, refuse_partial
 
@@ -21,11 +22,23 @@ class GradientReader:
     """Gradients of a plan's parameters as flat real tensors in memory order.
 
     Of a DTensor that is the part that is here. ``needs_norm``: every gradient has to count in it.
+
+    Attributes:
+        members: where it is noted who had a gradient; None: nowhere.
+        anew: layers that begin anew because of what was read last.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, needs_norm: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        members: Members | None = None,
+        needs_norm: bool = False,
+    ) -> None:
         self.plan = plan
         self.device = device
+        self.members = members
+        self.anew: list[int] = []
         self._needs_norm = needs_norm
         self._had_gradient = [False] * len(plan.slots)
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -82,6 +95,8 @@ class GradientReader:
         for index, want in enumerate(wanted):
             if want:
                 self._had_gradient[index] = gradients[index] is not None
+        if self.members is not None:
+            self.anew = self.members.look(plan, gradients, wanted)
         return [None if g is None else self._flat(g) for g in gradients]
 
     def refuse_shared_memory(self, gradients: Sequence[Tensor | None]) -> None:
@@ -142,22 +157,6 @@ def state_device(plan: Plan) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, each once, in whatever order."""
-    expected = 1
-    for stride, size in sorted(
-        (stride, size)
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        if size != 1
-    ):
-        if size == 0:
-            return True
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def _gradient(slot: Slot) -> Tensor | None:
     gradient = slot.parameter.grad if slot.parameter.requires_grad else None
     if gradient is None or (slot.shard is None and not is_dtensor(gradient)):
@@ -186,8 +185,8 @@ def _check(slot: Slot, gradient: Tensor, needs_norm: bool) -> None:
         )
     if gradient.is_inference():
         raise TypeError(
-            f"{what} was made under torch.inference_mode and cannot be changed: make it outside "
-            "of that, or assign its clone()"
+            f"{what} was made under torch.inference_mode and cannot be changed: make it outside, "
+            "or assign its clone()"
         )
     if gradient.layout != torch.strided and (slot.layer >= 0 or needs_norm):
         fix = "leave max_norm and match_norm out" if slot.layer < 0 else "exclude it"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
 from ..options import Names, Options
-from .plan import Plan, make_plan
+from .plan import Member, Plan, make_plan
 
 # Classes that wrap a model, by package and name: the child that holds it.
 WRAPPERS = {
@@ -30,7 +29,6 @@ WRAPPERS = {
 }
 
 
-@functools.cache
 def _wrapped_child(kind: type[nn.Module]) -> str | None:
     """Name of the child that a class wraps; None if it is no wrapper."""
     keys = ((base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__)
@@ -57,11 +55,15 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
     seen: set[int] = set()
     clean: dict[str, str] = {}  # of each module's path
     inserted: set[str] = set()
+    wrapped: dict[type[nn.Module], str | None] = {}
     for path, module in model.named_modules():
         parent, _, own = path.rpartition(".")
         prefix = clean.get(parent, "")
         clean[path] = prefix if path in inserted else f"{prefix}.{own}" if prefix else own
-        if child := _wrapped_child(type(module)):
+        kind = type(module)
+        if kind not in wrapped:
+            wrapped[kind] = _wrapped_child(kind)
+        if child := wrapped[kind]:
             inserted.add(f"{path}.{child}" if path else child)
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
@@ -106,12 +108,14 @@ def find_layers(
     options: Options,
     excluded: Collection[int] = (),
     bound: Collection[int] = (),
+    shares: Mapping[int, int] = {},
     check_names: bool = True,
 ) -> Plan:
     """The plan of a model (not a wrapper).
 
     ``excluded`` and ``bound`` hold ids of parameters: those that are not to be amplified, and
-    those that keep their place while they are frozen. ``check_names``: a glob has to match.
+    those that keep their place while they are frozen. ``shares``: ids to numbers of the optimizers
+    that share the model out. ``check_names``: a glob has to match.
 
     Raises ValueError if nothing is trainable, everything is excluded, a glob matches no
     parameter, or a lazy module has not made its parameters yet; TypeError for parameters sharded
@@ -120,7 +124,7 @@ def find_layers(
     _prepare_fsdp(model)
     included = _matcher("include", options.include, model, True, check_names)
     left_out = _matcher("exclude", options.exclude, model, False, check_names)
-    members: list[tuple[str, Parameter, str | None]] = []
+    members: list[Member] = []
     watched: list[Parameter] = []
     for name, parameter in named_parameters(model):
         if is_lazy(parameter):
@@ -141,13 +145,34 @@ def find_layers(
         members.append((name, parameter, layer))
     if not members:
         raise ValueError("the model has no trainable parameter: nothing could be amplified")
-    plan = make_plan(members, watched)
+    plan = make_plan(_shared_out(members, shares), watched)
     if plan.measured == 0:
         raise ValueError(
             "no trainable parameter is left to amplify: include, exclude, exclude_bias_and_norm, "
             'group_by or param_group["amplify"] rule out all of them'
         )
     return plan
+
+
+def _shared_out(members: Sequence[Member], shares: Mapping[int, int]) -> list[Member]:
+    """Each optimizer's share of a layer under a name of its own: ``name``, ``name#2``, ...
+
+    What no optimizer holds goes with the first.
+    """
+    holders: dict[str, set[int]] = {}
+    for _, parameter, layer in members:
+        if layer is not None and id(parameter) in shares:
+            holders.setdefault(layer, set()).add(shares[id(parameter)])
+    rank = {
+        (layer, number): place
+        for layer, numbers in holders.items()
+        for place, number in enumerate(sorted(numbers))
+    }
+    out = []
+    for name, parameter, layer in members:
+        place = rank.get((layer, shares.get(id(parameter), -1)), 0) if layer is not None else 0
+        out.append((name, parameter, f"{layer}#{place + 1}" if place else layer))
+    return out
 
 
 def _prepare_fsdp(model: nn.Module) -> None:

@@ -353,9 +353,8 @@ def commit(
         _keep_least(state, rules, present)
     if measured:
         indices = constant(tuple(map(float, measured)), torch.int64, state.device)
-        layers = constant(
-            tuple(float(plan.slots[i].layer) for i in measured), torch.int64, state.device
-        )
+        own = tuple(float(plan.slots[index].layer) for index in measured)
+        layers = constant(own, torch.int64, state.device)
         row = state.parity[indices]
         state.parity[indices] = torch.where(present[layers], 1 - row, row)
     step = _measured_number(state, call)

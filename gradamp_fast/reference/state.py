@@ -8,13 +8,15 @@ of the Triton kernels are made of these.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..model.members import Members
 from ..model.plan import Plan, Slot
 from ..options import Measure, ScheduleUnit, Select, Threshold
 
@@ -66,10 +68,12 @@ class State:
         values: fp64 [globals + layers x fields]: the globals, then each layer's fields.
         sketch: fp32 [2, buckets]: running means of the buckets, double-buffered.
         parity: int32 [measured tensors]: the row of ``sketch`` that holds a tensor's means.
+        members: what the host knows of the layers' members.
     """
 
     def __init__(self, plan: Plan, factor: float, device: torch.device) -> None:
         self.factor = factor
+        self.members = Members(plan)
         numbers = len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(plan.layers)
         with torch.inference_mode(False):  # what is made under it could not be written outside
             self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
@@ -104,6 +108,7 @@ class State:
         """Back to before the first step."""
         for tensor in (self.values, self.sketch, self.parity):
             tensor.zero_()
+        self.members.clear()
         self.scalar("epoch").fill_(-1.0)
         self.scalar("threshold").fill_(float("nan"))
         self.scalar("factor").fill_(self.factor)
@@ -116,6 +121,23 @@ class State:
             self.column(name).zero_()
         self.column("least_variance").fill_(FIRST["least_variance"])
         self.sketch.zero_()
+
+    def begin_anew(self, plan: Plan, layers: Sequence[int]) -> None:
+        """These layers are as before their first step, with the members that they have now."""
+        if layers and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the step to be captured is the first in which other parameters than before have a "
+                "gradient, or have it in another memory format: take one such step eagerly first"
+            )
+        for layer in layers:
+            row = self.layers[layer]
+            row.zero_()
+            first = {**FIRST, "member_numel": self.members.numel(plan, layer)}
+            for name, value in first.items():
+                row[LAYER_FIELDS.index(name)].fill_(value)
+            for index in plan.slots_of[layer]:
+                slot = plan.slots[index]
+                self.sketch[:, slot.first_bucket :][:, : slot.buckets].zero_()
 
     def release(self) -> None:
         """Every layer may grow again, from where it is, after a new look at the whole model."""
@@ -147,12 +169,12 @@ class State:
     def inherit(self, plan: Plan, old: State, old_plan: Plan) -> None:
         """Takes over what another plan's state knows of this plan's layers, by name.
 
-        A tensor whose size changed, or how it is cut, makes its layer begin anew.
+        A layer that lost a member, or one whose member has another size or is cut in another way,
+        begins anew.
         """
         self.values[: len(GLOBAL_FIELDS)] = old.values[: len(GLOBAL_FIELDS)]
-        before = {slot.name: slot for slot in old_plan.slots[: old_plan.measured]}
         measured = plan.slots[: plan.measured]
-        changed = {s.layer for s in measured if not s.is_like(before.get(s.name, s))}
+        changed = self._inherit_members(plan, old, old_plan)
         rows = {name: index for index, name in enumerate(old_plan.layers)}
         kept = [i for i, name in enumerate(plan.layers) if name in rows and i not in changed]
         theirs = [rows[plan.layers[index]] for index in kept]
@@ -160,8 +182,27 @@ class State:
         means = old.means(old_plan, self.device)
         self.take_means(
             plan,
-            {s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed},
+            {s.name: means[s.name] for s in measured if s.name in means and s.layer in kept},
         )
+        self.begin_anew(plan, sorted(changed))
+
+    def _inherit_members(self, plan: Plan, old: State, old_plan: Plan) -> set[int]:
+        """Takes over who is a member of which layer; the layers that lost one."""
+        before = {slot.name: i for i, slot in enumerate(old_plan.slots[: old_plan.measured])}
+        left = Counter(
+            old_plan.layers[slot.layer]
+            for slot, flag in zip(old_plan.slots, old.members.flags, strict=False)
+            if flag
+        )
+        for index, slot in enumerate(plan.slots[: plan.measured]):
+            was = before.get(slot.name)
+            if was is None or not old.members.flags[was]:
+                continue
+            there, layer = old_plan.slots[was], plan.layers[slot.layer]
+            if slot.is_like(there) and layer == old_plan.layers[there.layer]:
+                self.members.set(index, old.members.orders[was])
+                left[layer] -= 1
+        return {index for index, name in enumerate(plan.layers) if left[name] > 0}
 
 
 def _parts(plan: Plan, row: Tensor) -> Iterator[tuple[Slot, Tensor]]:

@@ -92,3 +92,16 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (tmp_path / "digits.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
     assert "| mlp, momentum | 0.001: 90.1 ± 0.2 → 93.1 ± 0.2 |" in page
+
+
+def test_the_document_is_filled_from_what_is_stored(tmp_path: Path) -> None:
+    document = tmp_path / "growing.md"
+    document.write_text("by hand\n<!-- grow: table -->\nold\n<!-- end -->\n"
+                        "<!-- grow: edge -->\n<!-- end -->\nby hand too\n")  # fmt: skip
+    grow_report.write(document, {"table": rows({0.001: 3.0, 0.01: 0.0}), "edge": []})
+    once = document.read_text()
+    assert "| mlp, momentum | 0.001: 90.1 ± 0.2 → 93.1 ± 0.2 |" in once
+    assert f"<!-- grow: edge -->\n\n{grow_report.NOTHING}\n\n<!-- end -->\nby hand too" in once
+    assert "old" not in once
+    grow_report.write(document, {"table": rows({0.001: 3.0, 0.01: 0.0}), "edge": []})
+    assert document.read_text() == once

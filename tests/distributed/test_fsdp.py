@@ -61,6 +61,16 @@ SETTINGS: list[dict[str, Any]] = [
     {"max_norm": 0.5, "timing": "exact", "measure": "variance", "exclude": ["head.*", "wide.bias"]},
     {"threshold": "quantile", "decay": None, "max_norm": 3.0, "exclude_bias_and_norm": True},
 ]
+GROWING: list[dict[str, Any]] = [
+    {"grow": True, "refresh": 1, "threshold": -0.3},
+    {
+        "grow": True,
+        "refresh": 1,
+        "threshold": -0.3,
+        "max_norm": 3.0,
+        "exclude": ["head.*", "wide.bias"],
+    },
+]
 
 Cut = Mapping[str, tuple[DeviceMesh, list[Placement]] | None]
 
@@ -203,9 +213,19 @@ def same_report(expected: Report, actual: Report) -> None:
     assert (actual.steps, actual.skipped_steps) == (expected.steps, expected.skipped_steps)
     assert close(actual.threshold, expected.threshold, BASE.score, 1.0)
     for one, other in zip(expected.layers, actual.layers, strict=True):
-        for field in ("name", "numel", "steps", "selected", "amplified_steps", "changed_at"):
+        for field in (
+            "name",
+            "numel",
+            "steps",
+            "selected",
+            "settled",
+            "amplified_steps",
+            "changed_at",
+        ):
             assert getattr(other, field) == getattr(one, field), (field, one, other)
-        assert close(other.variance, one.variance, BASE.variance), (one, other)
+        for field in ("variance", "factor"):
+            pair = getattr(other, field), getattr(one, field)
+            assert close(*pair, BASE.variance), (field, one, other)
         for field in ("fluctuation", "direction", "score"):
             pair = getattr(other, field), getattr(one, field)
             assert close(*pair, BASE.score, 1.0), (field, one, other)
@@ -226,6 +246,7 @@ def all_placements(rank: int) -> None:
         ("cpu", replicas(square), SETTINGS[1:4]),
         ("cpu", mixture(line, square), SETTINGS),
         ("torch", mixture(line, square), SETTINGS[2:3]),
+        ("cpu", mixture(line, square), GROWING),
     )
     for backend, cut, settings in runs:
         for options in settings:
@@ -234,6 +255,9 @@ def all_placements(rank: int) -> None:
                 pair.step(lacking=("middle.weight", "middle.bias") if step == 3 else ())
             selected = [row.selected for row in pair.amplifiers[1].report().layers]
             assert 0 < sum(selected) < len(selected), options
+            if "grow" in options:
+                grown = [row.factor for row in pair.amplifiers[1].report().layers]
+                assert 1.0 == min(grown) < max(grown), options
 
 
 def half_of_the_processes(rank: int) -> None:

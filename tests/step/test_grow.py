@@ -117,7 +117,12 @@ def test_the_gate_at_its_edge(place: Place, direction: float) -> None:
     model = bare({"a.w": (64,), "b.w": (64,), "late.w": (3,)}, device=place.device)
     amplifier = place.amplifier(model, **{**GROW, "refresh": 1})
     state = amplifier.bound.settled_state()
-    for name, value in {"agreement": direction, "steps": 10, "variance": 1, "numel": 64}.items():
+    for name, value in {
+        "agreement": direction,
+        "steps": 10,
+        "variance": 1,
+        "member_numel": 64,
+    }.items():
         state.column(name)[:2] = value
     put(model, {"late.w": torch.ones(3, device=place.device)})
     amplifier.step()

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from ...call import Call, Outcome
 from ...model.gradients import DTYPES, GradientReader
 from ...model.plan import Plan
+from ...reference.state import State
 from .columns import DTYPE_SHIFT
 
 # The kernel's codes for dtypes are their places in DTYPES.
@@ -34,8 +35,9 @@ class GradientAddresses:
     is not looked at again: that takes far longer than the launch.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, needs_norm: bool) -> None:
-        self.reader = GradientReader(plan, device, needs_norm)
+    def __init__(self, plan: Plan, state: State, needs_norm: bool) -> None:
+        self.plan, self.members, device = plan, state.members, state.device
+        self.reader = GradientReader(plan, device, state.members, needs_norm)
         self.device = device
         self.words: list[int] = []
         self._gradients: list[Tensor] = []  # that were read last, until they are written
@@ -45,6 +47,7 @@ class GradientAddresses:
         self._watched: tuple[Parameter, ...] = plan.watched
         self._only: bytes | None = None
         self._known: list[_Known | None] | None = None  # of each parameter; None: no gradient
+        self._restored = 0
         self.expect(self._parameters)
 
     def expect(self, tensors: list[Parameter] | list[Tensor]) -> None:
@@ -54,7 +57,9 @@ class GradientAddresses:
 
     def read(self, call: Call) -> Outcome:
         """Fills ``words`` and ``gradients``; raises what the reader raises."""
+        self.reader.anew = []
         if self._as_before(call.only):
+            self.members.again(self.plan)
             return Outcome.DONE
         self._known = None
         flat = self.reader.read(call)
@@ -91,9 +96,10 @@ class GradientAddresses:
             else:  # a copy: it is the reader that writes it back
                 return
         self._only, self._known = only, known
+        self._restored = self.members.restored
 
     def _as_before(self, only: bytes | None) -> bool:
-        if self._known is None or only != self._only:
+        if self._known is None or only != self._only or self._restored != self.members.restored:
             return False
         if any(parameter.requires_grad for parameter in self._watched):
             return False
