@@ -237,7 +237,10 @@ class BoundModel:
     # ---- the state ------------------------------------------------------------------
 
     def settled_state(self) -> State:
-        """The state, once the last step on sharded gradients is added up: may be a collective."""
+        """The state, once the last step on sharded gradients is added up: may be a collective.
+
+        In code that is being compiled it is named only; the operator in the graph settles it.
+        """
         if self._backend is not None and not torch.compiler.is_compiling():
             self._backend.settle()
         return self._state
