@@ -23,7 +23,7 @@ EXTRAS_cpu := dev,viz,tensorboard
 INSTALL = $(BIN)/python -m pip install -c $(CONSTRAINTS) --no-build-isolation
 SUMMARY = $(BIN)/python -c 'import gradamp_fast._extension as e; print(e.reason() or e.built_with())'
 
-BUILD_INPUTS := setup.py CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
+BUILD_INPUTS := setup.py CMakeLists.txt gradamp_fast/_version.py $(wildcard cmake/* csrc/* csrc/*/*)
 
 .PHONY: test test-fast lint pytest demo bench build clean
 

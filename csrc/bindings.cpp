@@ -8,6 +8,7 @@
 #if defined(GRADAMP_WITH_CUDA)
 #include "cuda/engine.h"
 #endif
+#include "rules/decide.h"
 #include "stepper.h"
 
 namespace {
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("GLOBAL_FIELDS") = names(kGlobals);
   m.attr("LAYER_FIELDS") = names(kLayers);
   m.attr("ENUMS") = enums;
+  m.attr("GROWTH") = py::make_tuple(gradamp::kLow, gradamp::kSurge, gradamp::kEarly);
   m.def("instruction_set", &gradamp::cpu::instruction_set, "What the CPU backend uses here.");
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
         "Why the CUDA kernels cannot run on that GPU (-1: the current one), with the fix; None if "
@@ -50,16 +52,22 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<std::vector<py::object>, std::vector<py::object>,
                     const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>&,
-                    int64_t, const py::dict&, at::Tensor, at::Tensor, at::Tensor>(),
+                    int64_t, const py::dict&, at::Tensor, at::Tensor, at::Tensor,
+                    const py::buffer&, const py::buffer&>(),
            py::arg("parameters"), py::arg("watched"), py::arg("tensors"), py::arg("num_layers"),
-           py::arg("options"), py::arg("values"), py::arg("sketch"), py::arg("parity"))
+           py::arg("options"), py::arg("values"), py::arg("sketch"), py::arg("parity"),
+           py::arg("members"), py::arg("lacking"))
       .def("step",
            [](Stepper& stepper, const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale,
-              const std::optional<py::bytes>& only, bool walked, bool begins_round, bool decides) {
+              const std::optional<py::bytes>& only, bool walked, bool begins_round, bool decides,
+              bool members_known) {
              return static_cast<int>(stepper.step(grad_scale, found_inf, unscale, only, walked,
-                                                  {begins_round, decides}));
-           })
+                                                  {begins_round, decides}, members_known));
+           },
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("unscale"), py::arg("only"),
+           py::arg("walked"), py::arg("begins_round"), py::arg("decides"),
+           py::arg("members_known") = false)
       .def("stress",
            [](Stepper& stepper, int32_t blocks, uint32_t seed, bool cooperative, bool poison) {
              stepper.stress({blocks, seed, cooperative, poison});

@@ -41,6 +41,8 @@ Config read_config(const py::dict& options, const std::vector<Window>& windows) 
   c.min_steps = number("min_steps");
   c.refresh = static_cast<int64_t>(number("refresh"));
   c.seed = options["seed"].cast<uint32_t>();
+  c.grow = options["grow"].cast<bool>();
+  c.max_factor = number("max_factor");
   return c;
 }
 
@@ -110,10 +112,13 @@ bool is_subclass(const at::Tensor& tensor) {
 Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> watched,
            const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
            int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
-           at::Tensor parity)
+           at::Tensor parity, const py::buffer& members, const py::buffer& lacking)
     : parameters_(std::move(parameters)),
       watched_(std::move(watched)),
       had_gradient_(tensors.size(), 0),
+      members_(members.request(true)),
+      lacking_(lacking.request(true)),
+      strides_(tensors.size()),
       sums_numel_((num_layers + 1) * kSumsColumns),
       values_(std::move(values)),
       sketch_(std::move(sketch)),
@@ -129,9 +134,14 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
   for (const auto& [layer, numel, log2, first_bucket, first_word] : tensors) {
     infos.push_back({numel, 0, first_bucket, layer, log2, first_word, 0});
     numel_.push_back(numel);
+    layer_.push_back(layer);
     measured += layer >= 0;
   }
   check_state(values_, sketch_, parity_, num_layers, measured);
+  TORCH_CHECK_VALUE(members_.itemsize == 1 && members_.size == measured,
+                    "`members` must be ", measured, " bytes");
+  TORCH_CHECK_VALUE(lacking_.itemsize == 8 && lacking_.size == num_layers,
+                    "`lacking` must be ", num_layers, " int64 numbers");
   for (size_t i = 0; i < infos.size(); ++i) check_tensor(i, infos[i], sketch_.size(1));
   double* const values_data = values_.data_ptr<double>();
   const StateView state = {reinterpret_cast<GlobalState*>(values_data),
@@ -173,7 +183,8 @@ class Stepper::Exclusive {
 bool Stepper::take(size_t index, const at::Tensor& gradient) {
   const std::optional<DType> dtype = dtype_of(gradient);
   if (!dtype || gradient.layout() != at::kStrided || gradient.device() != values_.device() ||
-      gradient.numel() != numel_[index] || gradient.is_neg() || is_subclass(gradient) ||
+      gradient.numel() != numel_[index] || gradient.is_neg() || gradient.is_inference() ||
+      is_subclass(gradient) ||
       !gradient.unsafeGetTensorImpl()->is_non_overlapping_and_dense())
     return false;
   gradients_[index] = gradient;
@@ -215,6 +226,44 @@ bool Stepper::overlap() {
   return false;
 }
 
+bool Stepper::lies_as_before(size_t index) const {
+  const auto* flags = static_cast<const uint8_t*>(members_.ptr);
+  const at::Tensor& gradient = gradients_[index];
+  if (flags[index] < 2) return gradient.is_contiguous();
+  return flags[index] == 2 && !gradient.is_contiguous() && gradient.strides() == strides_[index];
+}
+
+bool Stepper::look_at_members(const char* only) {
+  constexpr int64_t kLackingForLong = 1000;
+  auto* flags = static_cast<uint8_t*>(members_.ptr);
+  auto* lacking = static_cast<int64_t*>(lacking_.ptr);
+  const size_t measured = members_.size;
+  for (size_t begin = 0, end; begin < measured; begin = end) {
+    const int32_t layer = layer_[begin];
+    bool any = false, fresh = true, complete = true, as_before = true, all_members = true;
+    for (end = begin; end < measured && layer_[end] == layer; ++end) {
+      if (gradients_[end].defined()) {
+        any = true;
+        as_before = as_before && lies_as_before(end);
+        all_members = all_members && flags[end];
+      } else if (flags[end]) {
+        const bool may_have = (!only || only[end]) &&
+                              THPVariable_Unpack(parameters_[end].ptr()).requires_grad();
+        complete = complete && !may_have;
+        all_members = all_members && may_have;
+      }
+      fresh = fresh && !flags[end];
+    }
+    if (!any) continue;
+    if (!as_before || (!all_members && !fresh)) return false;
+    if (fresh)
+      for (size_t i = begin; i < end; ++i) flags[i] = gradients_[i].defined();
+    if (!complete && lacking[layer] + 1 == kLackingForLong) return false;
+    lacking[layer] = complete ? 0 : lacking[layer] + 1;
+  }
+  return true;
+}
+
 void Stepper::release() {
   for (at::Tensor& gradient : gradients_) gradient.reset();
   std::fill(addresses_.begin(), addresses_.end(), nullptr);
@@ -222,15 +271,20 @@ void Stepper::release() {
 
 Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf, bool unscale,
-                   const std::optional<py::bytes>& only, bool walked, Turn turn) {
+                   const std::optional<py::bytes>& only, bool walked, Turn turn,
+                   bool members_known) {
   const Exclusive exclusive(*this);
   const char* mask = only ? PyBytes_AS_STRING(only->ptr()) : nullptr;
   TORCH_CHECK(!only || PyBytes_GET_SIZE(only->ptr()) == static_cast<int64_t>(parameters_.size()),
               "`only` needs one byte for each parameter");
   const Outcome outcome = collect(mask, walked);
   if (outcome != Outcome::kDone) return outcome;
+  if (!members_known && !look_at_members(mask)) return Outcome::kMembers;
   for (size_t i = 0; i < parameters_.size(); ++i)
     if (!mask || mask[i]) had_gradient_[i] = gradients_[i].defined();
+  if (members_known)
+    for (size_t i = 0; i < strides_.size(); ++i)
+      if (gradients_[i].defined()) strides_[i] = gradients_[i].strides().vec();
   return run(grad_scale, found_inf, unscale, turn, std::nullopt);
 }
 

@@ -17,8 +17,17 @@ namespace gradamp {
 
 // What a step did; all but kDone: nothing. kRebind: the model has changed. kMissing: it may
 // have, for a gradient is missing. kUnusual: Python looks closer, for it holds the rules of what
-// a gradient may be and the errors that name a parameter. The others are those of call.Outcome.
-enum class Outcome : int { kDone = 0, kEmpty = 1, kRebind = 2, kMissing = 3, kUnusual = 4 };
+// a gradient may be and the errors that name a parameter. kMembers: it looks closer too, for a
+// member of some layer joins, leaves, lies in another memory order, or has lacked a gradient for
+// long; then it asks for the step again. The others are those of call.Outcome.
+enum class Outcome : int {
+  kDone = 0,
+  kEmpty = 1,
+  kRebind = 2,
+  kMissing = 3,
+  kUnusual = 4,
+  kMembers = 5
+};
 
 class __attribute__((visibility("hidden"))) Stepper {
  public:
@@ -26,14 +35,15 @@ class __attribute__((visibility("hidden"))) Stepper {
   Stepper(std::vector<py::object> parameters, std::vector<py::object> watched,
        const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>& tensors,
        int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
-       at::Tensor parity);
+       at::Tensor parity, const py::buffer& members, const py::buffer& lacking);
 
   // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
   // Unless `walked`, a parameter that had a gradient on its last step and has none now ends in
-  // kMissing.
+  // kMissing. `members_known`: who is a member has been looked at in Python.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
-               const std::optional<py::bytes>& only, bool walked, Turn turn);
+               const std::optional<py::bytes>& only, bool walked, Turn turn,
+               bool members_known);
 
   // The same with flat dense gradients given, one for each parameter. `sums`, fp64
   // [layers + 1, 8]: StepInputs.sums.
@@ -52,6 +62,9 @@ class __attribute__((visibility("hidden"))) Stepper {
  private:
   class Exclusive;
   Outcome collect(const char* only, bool walked);
+  // Takes note of who is a member of its layer; false: Python has to.
+  bool look_at_members(const char* only);
+  bool lies_as_before(size_t index) const;
   // False: not a gradient that the engine can take as it is.
   bool take(size_t index, const at::Tensor& gradient);
   Outcome run(const std::optional<at::Tensor>& grad_scale,
@@ -65,6 +78,9 @@ class __attribute__((visibility("hidden"))) Stepper {
   std::vector<py::object> watched_;
   std::vector<int64_t> numel_;
   std::vector<uint8_t> had_gradient_;
+  std::vector<int32_t> layer_;           // of each tensor; -1: excluded
+  py::buffer_info members_, lacking_;    // `flags` and `lacking` of model/members.py
+  std::vector<std::vector<int64_t>> strides_;  // of gradients whose flag is 2, when last looked at
   int64_t sums_numel_;
   at::Tensor values_, sketch_, parity_;
   std::unique_ptr<Engine> engine_;

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """Numbers and strings of numpy, or any other kind, as Python's own, which can be stored."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 def nearest(value: object, names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from numbers import Integral
 from typing import Any, NoReturn
 
@@ -94,8 +95,9 @@ class Amplifier:
     def factor(self) -> Tensor:
         """What selected gradients are multiplied by: fp64 [], on the gradients' device; a copy.
 
-        Assign a number, or a one-element tensor, to change it from the next step on. A tensor
-        on another device than the CPU is taken without looking at it: that would synchronise.
+        With ``grow=True`` what the layers' own factors grow by at each decision. Assign a number,
+        or a one-element tensor, to change it from the next step on. A tensor on another device
+        than the CPU is taken without looking at it: that would synchronise.
         """
         return self.bound.settled_state().scalar("factor").clone()
 
@@ -105,10 +107,10 @@ class Amplifier:
             if value.numel() != 1:
                 raise ValueError(f"factor must have one element, not shape {tuple(value.shape)}")
             if value.device.type == "cpu":
-                check_factor(value.item())
+                check_factor(value.item(), self.options.grow)
             self.bound.settled_state().scalar("factor").copy_(value.detach().reshape(()))
         else:
-            check_factor(value)
+            check_factor(value, self.options.grow)
             self.bound.settled_state().scalar("factor").fill_(value)
         self.bound.written()
 
@@ -137,7 +139,8 @@ class Amplifier:
         self.bound.epoch = int(epoch)
         state.scalar("epoch").fill_(self.bound.epoch)
         if rules.refresh == 0:
-            reference.decide(state, rules, state.scalar("epoch"), state.scalar("step"))
+            factor = reference.active_factor(state, rules, Call())
+            reference.decide(state, rules, state.scalar("epoch"), state.scalar("step"), factor)
             if rules.decay == 1:
                 state.restart()
         self.bound.written()
@@ -148,21 +151,45 @@ class Amplifier:
         Closures are honoured: the step follows each of their calls. Groups with
         ``param_group["amplify"] = False`` are left alone. An optimizer that unscales gradients
         itself (``fused=True`` under a GradScaler) is left to do so. Returns a handle whose
-        ``remove()`` ends it. Warns for optimizers that a constant factor does not move.
+        ``remove()`` ends it. Warns for optimizers that a constant factor does not move. With
+        ``grow=True`` nothing grows or settles in a step whose learning rate is above the last
+        one's; one that is a tensor on a GPU is not looked at.
 
         The optimizer keeps what is bound alive; a copy of it made by ``copy.deepcopy`` has no
         hook, so attach to that anew. One inside a wrapper such as Accelerate's is attached to
         itself.
 
         Raises ValueError if the optimizer holds none of the model's parameters, or is attached
-        already, TypeError if it is none, or calls no hooks.
+        already, or with ``grow=True`` is not moved by a factor, TypeError if it is none, or calls
+        no hooks.
         """
         return Attachment(self.bound, innermost(optimizer))
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """A ``with`` block in which backpropagation is that of the model alone.
+
+        For ``placement="backward"``, under which any backward pass through the model is amplified:
+        input gradients, penalties on them, ``torch.func.grad``, Hessians. Elsewhere it does
+        nothing, for only ``step`` amplifies.
+        """
+        return self.bound.suspended()
 
     @property
     def attached(self) -> bool:
         """Whether an optimizer calls ``step`` by itself."""
         return self.bound.attached
+
+    def release(self) -> None:
+        """With ``grow=True``: layers that have settled may grow again, from where they are.
+
+        To be called after a change of learning rate, data or batch size. The next decision is
+        like the first: it asks all layers together whether the learning rate is low. Without
+        ``grow=True`` RuntimeError.
+        """
+        if not self.options.grow:
+            raise RuntimeError("release() goes with grow=True only: here no layer settles")
+        self.bound.settled_state().release()
+        self.bound.written()
 
     def reset(self) -> None:
         """Back to before the first step, in place: no epoch is set, ``factor`` is the option's.

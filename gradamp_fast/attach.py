@@ -17,19 +17,16 @@ from . import ops
 from .bound_model import BoundModel
 from .call import Call
 from .model.optimizers import Holding
+from .optimizer_scale import follows_gradient_size, inside
 
-# Their updates do not change when a layer's gradients are multiplied by a constant.
-_SCALE_INVARIANT = (
-    "adam", "adagrad", "adadelta", "rmsprop", "rprop", "lion", "lamb", "lars", "muon", "adafactor",
-    "shampoo", "soap", "adan", "adabelief", "adopt", "prodigy", "sophia", "novograd", "signsgd",
-    "laprop", "mars", "kron",
-)  # fmt: skip
+# Under these names an optimizer keeps one that it steps: Accelerate's, Lookahead, SAM. Its own
+# hooks are not called then, or not on the gradients that count.
+_STEPS_ANOTHER = ("optimizer", "base_optimizer", "_base_optimizer")
 
 
 def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
-    """Warns for an optimizer, known by its class's name or an ancestor's, like Adam."""
-    names = [ancestor.__name__.lower() for ancestor in type(optimizer).__mro__]
-    if any(known in name for name in names for known in _SCALE_INVARIANT):
+    """Warns if a layer goes no further when its gradients are larger, as under Adam."""
+    if not follows_gradient_size(optimizer):
         warnings.warn(
             f"{type(optimizer).__name__} divides out the scale of a layer's gradients: a constant "
             "factor changes nothing, and a change of factor acts as a short kick to the learning "
@@ -38,15 +35,39 @@ def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
         )
 
 
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers, Accelerate's or timm's Lookahead, which call no hooks."""
-    for name in ("optimizer", "_base_optimizer"):
-        if isinstance(inner := getattr(optimizer, name, None), Optimizer):
-            return innermost(inner)
-    if not isinstance(optimizer, Optimizer):
+def refuse_growth(optimizer: Optimizer) -> None:
+    """ValueError if a layer goes no further when its gradients are larger, as under Adam."""
+    if not follows_gradient_size(optimizer):
+        raise ValueError(
+            f"grow=True does nothing under {type(optimizer).__name__}, which divides out the "
+            "scale of a layer's gradients: use SGD, or leave grow out"
+        )
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer whose steps move the parameters, and whose hooks are called before."""
+    found = inside(optimizer, _STEPS_ANOTHER)
+    if not isinstance(found, Optimizer):
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {kind}")
-    return optimizer
+    return found
+
+
+def _refuse_without_hooks(optimizer: Optimizer) -> None:
+    """TypeError where nothing would call a hook."""
+    kind = type(optimizer).__name__
+    if hasattr(optimizer, "fused_backward"):
+        raise TypeError(
+            f"{kind} updates inside fused_backward(), while gradients are computed, and calls no "
+            "hooks: nothing would be amplified; use an optimizer that steps"
+        )
+    own = inspect.unwrap(type(optimizer).step)
+    hooked = getattr(type(optimizer).step, "hooked", False)
+    if not hooked or own is inspect.unwrap(Optimizer.step):
+        raise TypeError(
+            f"{kind}.step() calls no hooks, so nothing would be amplified: attach to the optimizer "
+            "inside it, or let it call Optimizer.__init__ and have a step of its own"
+        )
 
 
 class Attachment:
@@ -56,13 +77,11 @@ class Attachment:
     """
 
     def __init__(self, bound: BoundModel, optimizer: Optimizer) -> None:
-        if not getattr(type(optimizer).step, "hooked", False):
-            raise TypeError(
-                f"{type(optimizer).__name__}.step() calls no hooks, so nothing would be amplified: "
-                "attach to the optimizer inside it, or let it call Optimizer.__init__"
-            )
+        _refuse_without_hooks(optimizer)
         if bound.attached_to(optimizer):
             raise ValueError("the amplifier is attached to this optimizer already")
+        if bound.rules.grow:
+            refuse_growth(optimizer)
         bound.meet()
         plan, holding = bound.plan, Holding(optimizer)
         ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,17 @@ from .call import Call, Outcome
 from .model.gradients import GradientReader, state_device
 from .model.optimizers import Holding
 from .model.plan import Plan
+from .model.rounds import Rounds
 from .model.walk import Skeleton, find_layers, unwrap
 from .options import Options
-from .reference import nonfinite_layers
+from .reference import end_round, nonfinite_layers
 from .reference.state import State
 
 _OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _BOUND: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
-_LOOK_EVERY = 100  # steps, where nothing else asks for it
+_LOOK_EVERY = 100  # steps at most, where nothing else asks for it
+_MODULES_A_STEP = 4  # that are compared on average, so that it takes a few microseconds
 Mask = Callable[[Plan], bytes | None]
 
 
@@ -41,8 +44,8 @@ class BoundModel:
     - at the first step or ``prepare``, from which on its trainable parameters are owned;
     - when a step finds a parameter that was unfrozen, moved or changed size;
     - when its modules or parameters are others than before. That is compared after a step that
-      found no gradient; when one is missing, ever more rarely where that is the rule; and at
-      least in every hundredth step;
+      found no gradient; when one is missing, ever more rarely where that is the rule; and else
+      after as many steps as take little time beside it, at most a hundred;
     - when the loss scale is on another device than the gradients were;
     - when an optimizer joins, holds other parameters, or changes its mind about what it wants
       amplified;
@@ -61,18 +64,25 @@ class BoundModel:
         self.plan = find_layers(unwrap(model), options)
         self.epoch = -1
         self.holdings: weakref.WeakSet[Holding] = weakref.WeakSet()
-        self._stepped: weakref.WeakSet[Holding] = weakref.WeakSet()  # in the round under way
         self.handle = next(_HANDLES)
         self._options = options
-        self._model = weakref.ref(unwrap(model))
+        # The callback holds nothing: what it is a method of may be gone before the model.
+        forget = weakref.WeakMethod(self._forget)
+        self._model = weakref.ref(unwrap(model), lambda _: (call := forget()) and call())
         self._state = State(self.plan, options.factor, state_device(self.plan))
         self._backend: backends.Stepping | None = None
         self._excluded: frozenset[int] = frozenset()
+        self._shares: dict[int, int] = {}
+        self._rounds = Rounds()
         self._owned: list[int] = []
         self._skeleton: Skeleton | None = None
         self._unlooked = 0  # steps since the model was compared
+        self._period = _LOOK_EVERY  # after so many it is compared anyway
         self._patience = 1  # such steps until a gradient that is missing is a reason to compare
         self._warned_empty = False
+        self._rising: bool | None = None  # as it stands in the state; None: not known
+        self._risers: weakref.WeakSet[Holding] = weakref.WeakSet()
+        self._suspensions = 0
         _BOUND[self.handle] = self
 
     @property
@@ -102,8 +112,10 @@ class BoundModel:
         if call.grad_scale is not None or call.found_inf is not None:
             self._check_scalar("grad_scale", call.grad_scale)
             self._check_scalar("found_inf", call.found_inf)
+        if holding is not None and self.rules.grow:
+            self._watch_rates(holding)
         self._unlooked += 1
-        if self._unlooked >= _LOOK_EVERY:
+        if self._unlooked >= self._period:
             self._patience = 1
             self._look_if_changed()
         backend = self._backend or self.prepare()
@@ -111,14 +123,20 @@ class BoundModel:
             mask = holding.only
         if mask is not None:
             call = call._replace(only=mask(self.plan))
+        call = self._rounds.place(call, holding, self.holdings)
+        if call.begins_round and self._rounds.undecided:
+            self._end_round()
+        if self.rules.exact and not self.rules.grow:
+            call = call._replace(decides=True)  # by what it measured itself
+        outcome = self._step(backend, call, mask)
+        self._rounds.made(call, holding, empty=outcome is Outcome.EMPTY)
+
+    def _step(self, backend: backends.Stepping, call: Call, mask: Mask | None) -> Outcome:
         self._raise_if_nonfinite(backend, call)
         outcome = backend.step(call)
         if outcome is not Outcome.DONE:
             outcome = self._step_again(outcome, call, mask)
-        if outcome is Outcome.DONE and holding is not None:
-            if self.round_of(holding)[0]:
-                self._stepped.clear()
-            self._stepped.add(holding)
+        return outcome
 
     def _step_again(self, outcome: Outcome, call: Call, mask: Mask | None) -> Outcome:
         """After a step that came to nothing, with a closer look at the model."""
@@ -143,16 +161,40 @@ class BoundModel:
             )
         return outcome
 
+    def _end_round(self) -> None:
+        """Decides, where that is due, for a round in which not every optimizer stepped."""
+        end_round(self.settled_state(), self.rules)
+        self._rounds.undecided = False
+        self.written()
+
     def prepare(self) -> backends.Stepping:
         """The backend, made on first use for the device that the gradients are on."""
+        if self.model is None:
+            raise RuntimeError("the amplifier's model is gone: keep a reference to the model")
         if not self._owned:
             self.look_again(warn=False)  # the model may have changed since
             self._own(self.plan)
         if self._backend is None:
-            self._backend = backends.make(
-                self._options.backend, self.plan, self._state, self.rules, self.model
-            )
+            with torch.inference_mode(False):  # what it makes is written outside, too
+                self._backend = backends.make(
+                    self._options.backend, self.plan, self._state, self.rules, self.model
+                )
+            self._backend.suspended = self._suspensions > 0
         return self._backend
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Gradients that are computed meanwhile are left alone."""
+        self._suspend(1)
+        try:
+            yield
+        finally:
+            self._suspend(-1)
+
+    def _suspend(self, by: int) -> None:
+        self._suspensions += by
+        if self._backend is not None:
+            self._backend.suspended = self._suspensions > 0
 
     def _check_scalar(self, name: str, value: object) -> None:
         if value is None:
@@ -181,11 +223,25 @@ class BoundModel:
                 "written (error_if_nonfinite=True)"
             )
 
+    def _forget(self) -> None:
+        """The model is gone: its parameters are let go, what was measured can still be read."""
+        self.settled_state()
+        self._backend = None
+        for holding in self.holdings:
+            holding.let_go()
+        for identity in self._owned:
+            _OWNERS.pop(identity, None)
+        self._owned = []
+        self.plan = self.plan.without_parameters()
+
     # ---- the state ------------------------------------------------------------------
 
     def settled_state(self) -> State:
-        """The state, once the last step on sharded gradients is added up: may be a collective."""
-        if self._backend is not None:
+        """The state, once the last step on sharded gradients is added up: may be a collective.
+
+        In code that is being compiled it is named only; the operator in the graph settles it.
+        """
+        if self._backend is not None and not torch.compiler.is_compiling():
             self._backend.settle()
         return self._state
 
@@ -194,6 +250,8 @@ class BoundModel:
 
         ``restored``: all of it, the counters included.
         """
+        if restored:
+            self._rising = None
         if self._backend is not None:
             self._backend.follow(restored)
 
@@ -206,11 +264,15 @@ class BoundModel:
         ValueError, with everything as it was, as ``find_layers`` does, and for a parameter that
         another one owns. With sharded parameters a collective.
         """
-        model, plan = self.model, self.plan
-        if model is not None:
-            bound = {id(slot.parameter) for slot in plan.slots} if self._owned else ()
-            plan = find_layers(model, self._options, self._excluded, bound, check_names=False)
-            self._skeleton = Skeleton(model)
+        model = self.model
+        if model is None:
+            return
+        bound = {id(slot.parameter) for slot in self.plan.slots} if self._owned else ()
+        plan = find_layers(
+            model, self._options, self._excluded, bound, self._shares, check_names=False
+        )
+        self._skeleton = Skeleton(model)
+        self._period = min(_LOOK_EVERY, 1 + self._skeleton.modules // _MODULES_A_STEP)
         self._unlooked = 0
         device = state_device(plan)
         state = self.settled_state()  # whether anything changed or not, as all processes do it
@@ -278,7 +340,7 @@ class BoundModel:
         """From here on what the optimizer does not want amplified is left out; all or nothing."""
         self.holdings.add(holding)
         try:
-            self._exclude_unwanted()
+            self._heed_optimizers()
         except ValueError:
             self.holdings.discard(holding)
             raise
@@ -286,30 +348,45 @@ class BoundModel:
     def leave(self, holding: Holding) -> None:
         """The optimizer's wishes no longer count."""
         self.holdings.discard(holding)
-        self._exclude_unwanted()
+        self._heed_optimizers()
+        if holding in self._risers:
+            self._tell_rising(holding, False)
+
+    def _watch_rates(self, holding: Holding) -> None:
+        """Before a step: nothing grows in it if the optimizer's learning rate has risen."""
+        optimizer = holding.optimizer
+        rising = None if optimizer is None else holding.rates.rise(optimizer)
+        if rising is not None:
+            self._tell_rising(holding, rising)
+
+    def _tell_rising(self, holding: Holding, rising: bool) -> None:
+        """Written to the device where it changes what is there."""
+        (self._risers.add if rising else self._risers.discard)(holding)
+        rises = len(self._risers) > 0
+        if rises != self._rising:
+            self._rising = rises
+            self.settled_state().scalar("rising").fill_(float(rises))
 
     def follow(self, holding: Holding) -> None:
         """Before an optimizer's step: what came into its groups is bound, if it is the model's."""
         if holding.changed():
-            self._exclude_unwanted()
+            self._heed_optimizers()
             self._look_if_changed()
 
-    def round_of(self, holding: Holding) -> tuple[bool, bool]:
-        """Whether the optimizer's coming step begins a round, and whether it completes one.
-
-        A round ends when all optimizers have stepped in it, or when one of them steps again.
-        """
-        begins = not self._stepped or holding in self._stepped
-        stepped = {holding} if begins else {holding, *self._stepped}
-        return begins, stepped.issuperset(h for h in self.holdings if h.active)
-
-    def _exclude_unwanted(self) -> None:
-        unwanted = frozenset().union(*(h.unwanted for h in self.holdings if h.active))
-        if unwanted == self._excluded:
+    def _heed_optimizers(self) -> None:
+        """Leaves out what they do not want amplified; each one's share of a layer is its own."""
+        active = sorted((h for h in self.holdings if h.active), key=lambda h: h.number)
+        unwanted = frozenset().union(*(h.unwanted for h in active))
+        shares: dict[int, int] = {}
+        for holding in active if len(active) > 1 else ():
+            for parameter in holding.parameters:
+                shares.setdefault(parameter, holding.number)
+        if (unwanted, shares) == (self._excluded, self._shares):
             return
-        before, self._excluded = self._excluded, unwanted
+        before = self._excluded, self._shares
+        self._excluded, self._shares = unwanted, shares
         try:
             self.look_again(warn=False)
         except ValueError:
-            self._excluded = before
+            self._excluded, self._shares = before
             raise

@@ -12,10 +12,15 @@ from torch import Tensor
 from . import reference
 from .model.plan import Plan, Slot
 from .model.shards import group_of
+from .model.walk import WRAPPERS
 from .options import Options
 from .reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
 
-SCHEMA = 2
+SCHEMA = 3
+# What came with schema 3; a state dict of schema 2 is one without growth.
+_NEW_OPTIONS = {"grow": False, "max_factor": None}
+_NEW_FIELDS = {"member_numel", "factor", "settled", "least_variance"}
+_NEW_GLOBALS = {"round_skipped", "gated", "rising"}
 _KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
 
 
@@ -26,8 +31,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     ``state``; ``layers``, name to number of elements; ``state``: fp64 [globals + layers x
     fields]; ``sketches``: parameter name to the running means of its buckets, fp32 [buckets];
     ``cuts``: of each sharded parameter name, how it is cut, where its parts start, and how many
-    buckets each has. With sharded parameters a collective.
+    buckets each has; ``members``: of each parameter that is a member of its layer its name and the
+    order of its dimensions in memory, None if that is row-major. With sharded parameters a
+    collective.
     """
+    members = state.members
     sketches, cuts = _put_together(plan, state.means(plan, torch.device("cpu")))
     return {
         "schema": SCHEMA,
@@ -38,6 +46,11 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
         "state": state.values.detach().cpu().clone(),
         "sketches": sketches,
         "cuts": cuts,
+        "members": [
+            [slot.name, None if order is None else list(order)]
+            for slot, flag, order in zip(plan.slots, members.flags, members.orders, strict=False)
+            if flag
+        ],
     }
 
 
@@ -48,24 +61,66 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
     """
     if missing := [key for key in _KEYS if key not in stored]:
         raise ValueError(f"not the state dict of an Amplifier: {', '.join(missing)} missing")
-    if stored["schema"] != SCHEMA or list(stored["fields"]) != list(LAYER_FIELDS):
-        raise ValueError(
-            f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
-            f"schema {SCHEMA}"
-        )
-    _check_options(stored["options"], options)
+    fields, numbers = _fields(stored)
+    of_options = (
+        stored["options"] if stored["schema"] == SCHEMA else _NEW_OPTIONS | stored["options"]
+    )
+    _check_options(of_options, options)
+    stored = _without_wrappers(stored, plan)
     _check_layers(stored, plan)
     parts = _taken_apart(plan, stored)
     values = stored["state"]
-    if not isinstance(values, torch.Tensor) or values.shape != state.values.shape:
+    size = len(numbers) + len(fields) * len(plan.layers)
+    if not isinstance(values, torch.Tensor) or values.shape != (size,):
         raise ValueError("state has the wrong shape for its layers: the state dict is damaged")
 
-    state.values[: len(GLOBAL_FIELDS)] = values[: len(GLOBAL_FIELDS)].to(state.values)
-    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))
+    values = values.to(state.values)
+    rows = values[len(numbers) :].view(-1, len(fields))
     order = {name: index for index, name in enumerate(stored["layers"])}
-    state.layers.copy_(rows[[order[name] for name in plan.layers]])
+    rows = rows[[order[name] for name in plan.layers]]
+    state.reset()
+    for index, name in enumerate(numbers):
+        state.scalar(name).copy_(values[index])
+    for index, name in enumerate(fields):
+        state.column(name).copy_(rows[:, index])
     state.take_means(plan, parts)
-    return int(values[GLOBAL_FIELDS.index("epoch")])
+    state.members.clear()
+    orders = dict(stored.get("members", ()))
+    for index, slot in enumerate(plan.slots[: plan.measured]):
+        if slot.name in orders:
+            order = orders[slot.name]
+            state.members.set(index, None if order is None else tuple(order), seen=False)
+    return int(state.scalar("epoch"))
+
+
+def _fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the numbers of a layer, and of those of all. ValueError for another schema."""
+    new = {2: (_NEW_FIELDS, _NEW_GLOBALS), SCHEMA: (set[str](), set[str]())}.get(stored["schema"])
+    if new is not None:
+        fields = [name for name in LAYER_FIELDS if name not in new[0]]
+        numbers = [name for name in GLOBAL_FIELDS if name not in new[1]]
+        if list(stored["fields"]) == fields and list(stored["globals"]) == numbers:
+            return fields, numbers
+    raise ValueError(
+        f"the state dict has schema {stored['schema']!r}, this version of gradamp_fast reads "
+        f"schema {SCHEMA}, and 2"
+    )
+
+
+def _without_wrappers(stored: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """The snapshot with names as they are without the wrapper that it was taken under."""
+    for prefix in sorted(set(WRAPPERS.values())):
+        ours = any(name == prefix or name.startswith(f"{prefix}.") for name in plan.layers)
+        if not ours and all(f"{name}.".startswith(f"{prefix}.") for name in stored["layers"]):
+            cut = len(prefix) + 1
+            return {
+                **stored,
+                "layers": {name[cut:]: numel for name, numel in stored["layers"].items()},
+                "sketches": {name[cut:]: means for name, means in stored["sketches"].items()},
+                "cuts": [[name[cut:], *rest] for name, *rest in stored["cuts"]],
+                "members": [[name[cut:], order] for name, order in stored.get("members", ())],
+            }
+    return stored
 
 
 def _check_options(stored: Mapping[str, Any], options: Options) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .amplifier import Amplifier
-from .attach import innermost, warn_if_scale_invariant
+from .attach import innermost, refuse_growth, warn_if_scale_invariant
 from .model.walk import unwrap
 
 # Each model's Amplifier, and the options as they were given last.
@@ -36,7 +36,8 @@ def fused_amplify(
 
     Args:
         model: whose gradients ``backward()`` has just made.
-        optimizer: given only to be warned if a constant factor does not move it.
+        optimizer: given only to be warned if a constant factor does not move it; with
+            ``grow=True`` that is a ValueError.
         grad_scale, found_inf, unscale: as ``Amplifier.step`` takes them.
         **options: those of ``Options``.
 
@@ -59,7 +60,9 @@ def fused_amplify(
             "the model's Amplifier is attached to an optimizer, which calls it by itself: remove "
             "this call, or the handle that attach() returned"
         )
-    if optimizer is not None and optimizer not in _WARNED:
+    if optimizer is not None and amplifier.options.grow:
+        refuse_growth(innermost(optimizer))
+    elif optimizer is not None and optimizer not in _WARNED:
         _WARNED.add(optimizer)
         warn_if_scale_invariant(innermost(optimizer))
     amplifier.step(grad_scale, found_inf, unscale)

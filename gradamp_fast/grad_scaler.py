@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from .amplifier import Amplifier
-from .attach import OneStep, warn_if_scale_invariant
+from .attach import OneStep, refuse_growth, warn_if_scale_invariant
 from .call import Call
 from .model.optimizers import Holding
 from .model.plan import Plan
@@ -37,19 +38,55 @@ class GradScaler(torch.amp.GradScaler):
         device: torch's, and so are ``init_scale``, ``growth_factor``, ``backoff_factor``,
             ``growth_interval`` and ``enabled``.
 
-    ``state_dict()`` is torch's; the amplifier has its own. ``unscale_`` and ``step`` raise
-    ValueError for an optimizer that the amplifier is attached to, and warn, as ``attach`` does,
-    for one that a constant factor does not move.
+    ``state_dict()`` is torch's; the amplifier has its own. A deep copy scales for the same
+    amplifier; one that comes out of a pickle has none until ``scaler.amplifier`` is set, and
+    raises RuntimeError before. ``unscale_`` and ``step`` raise ValueError for an optimizer that
+    the amplifier is attached to, and warn, as ``attach`` does, for one that a constant factor
+    does not move.
     """
 
     def __init__(self, amplifier: Amplifier, device: str = "cuda", **options: Any) -> None:
+        self.amplifier = amplifier
+        super().__init__(device, **options)
+
+    @property
+    def amplifier(self) -> Amplifier:
+        """Of the model whose loss is scaled."""
+        if self._amplifier is None:
+            raise RuntimeError(
+                "a scaler from a pickle does not know its amplifier: set scaler.amplifier"
+            )
+        return self._amplifier
+
+    @amplifier.setter
+    def amplifier(self, amplifier: Amplifier) -> None:
         if not isinstance(amplifier, Amplifier):
             kind = type(amplifier).__name__
             raise TypeError(f"amplifier must be a gradamp_fast.Amplifier, not a {kind}")
-        super().__init__(device, **options)
-        self.amplifier = amplifier
+        self._begin_with(amplifier)
+
+    def _begin_with(self, amplifier: Amplifier | None) -> None:
+        self._amplifier = amplifier
         self._holdings: weakref.WeakKeyDictionary[Optimizer, _Split] = weakref.WeakKeyDictionary()
         self._amplified: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unless enabled
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, which can be taken between iterations alone; without the amplifier."""
+        state = super().__getstate__()
+        return {
+            n: v for n, v in state.items() if n not in ("_amplifier", "_holdings", "_amplified")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin_with(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradScaler:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        other._begin_with(self._amplifier)
+        return other
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divides the optimizer's gradients by the scale, and amplifies."""
@@ -70,6 +107,11 @@ class GradScaler(torch.amp.GradScaler):
                 args, kwargs = given[0][1:], given[1]
         self._amplified.discard(optimizer)
         return super().step(optimizer, *args, **kwargs)
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Ends the iteration, as torch's does."""
+        self._amplified.clear()
+        super().update(new_scale)
 
     def _amplify(self, optimizer: Optimizer) -> None:
         ops.step(self.amplifier.bound, Call(), self._holding(optimizer))
@@ -127,6 +169,8 @@ class GradScaler(torch.amp.GradScaler):
             )
         holding = self._holdings.get(optimizer)
         if holding is None:
+            if bound.rules.grow:
+                refuse_growth(optimizer)
             bound.meet()
             holding = self._holdings[optimizer] = _Split(optimizer)
             bound.join(holding)

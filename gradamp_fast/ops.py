@@ -24,13 +24,14 @@ def step(
     """
     if compiling():
         only = holding.only if mask is None and holding is not None else mask
-        traced_step(bound, call if only is None else call._replace(only=only(bound.plan)))
+        call = call if only is None else call._replace(only=only(bound.plan))
+        traced_step(bound, call, None if holding is None else holding.number)
     else:
         bound.step(call, holding, mask)
 
 
-def traced_step(bound: BoundModel, call: Call) -> None:
-    """The call that stands in the graph."""
+def traced_step(bound: BoundModel, call: Call, holding: int | None = None) -> None:
+    """The call that stands in the graph; ``holding``: its number."""
     if bound.plan.sharded:
         raise RuntimeError(
             "a step over DTensor gradients waits for other processes and cannot be compiled: call "
@@ -46,7 +47,7 @@ def traced_step(bound: BoundModel, call: Call) -> None:
             gradients.append(gradient)
     operator(
         bound.handle, present, left_out, gradients, state.values, state.sketch, state.parity,
-        call.grad_scale, call.found_inf, call.unscale,
+        call.grad_scale, call.found_inf, call.unscale, holding,
     )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def operator(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     unscale: bool,
+    holding: int | None = None,
 ) -> None:
     """A step on what the graph holds: ``gradients`` of the slots in ``present``.
 
@@ -89,7 +91,8 @@ def operator(
             parameter.grad = gradient
         bound.step(
             Call(grad_scale, found_inf, unscale),
-            mask=lambda plan: only if plan.slots is slots else None,
+            next((h for h in bound.holdings if h.number == holding), None),
+            lambda plan: only if plan.slots is slots else None,
         )
     finally:
         for parameter, own_gradient in zip(parameters, before, strict=True):

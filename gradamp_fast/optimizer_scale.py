@@ -15,7 +15,7 @@ import random
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ _STEPS = 10  # some begin like SGD and adapt later: RAdam after five steps
 _MEASURED = 3  # of these, the last
 _LOWEST = 1.2  # felt: at least a small power of the gradient's size
 _SIDE = 4  # of a tiny parameter, in each dimension
-_WEIGHT, _GRADIENT = 0.1, 1.0  # so large that no state's initial value counts for long
+_WEIGHT, _GRADIENT = 0.1, 10.0  # so large that no state's initial value counts for long
 _RATE = 1e-3  # in the place of one that is 0, as at the start of a warm-up
 
 # What the trial leaves at torch's default: the speed of a step and the place of its state.
@@ -62,17 +62,20 @@ def follows_gradient_size(optimizer: Optimizer) -> bool:
     return stretch >= _LOWEST if stretch is not None else not _named_invariant(optimizer)
 
 
-def inside(optimizer: Any) -> Any:
-    """The optimizer that moves the parameters, behind wrappers that are optimizers or not."""
-    return _innermost(optimizer, set()) or optimizer
+def inside(optimizer: Any, through: Collection[str] = WRAPPED) -> Any:
+    """The optimizer that moves the parameters, behind wrappers.
+
+    ``through``: attributes by which one is followed that is an optimizer itself.
+    """
+    return _innermost(optimizer, through, set()) or optimizer
 
 
-def _innermost(wrapper: Any, seen: set[int]) -> Optimizer | None:
+def _innermost(wrapper: Any, through: Collection[str], seen: set[int]) -> Optimizer | None:
     seen.add(id(wrapper))
-    for name in WRAPPED:
+    for name in through if isinstance(wrapper, Optimizer) else WRAPPED:
         inner = getattr(wrapper, name, None)
         if inner is not None and id(inner) not in seen:
-            found = _innermost(inner, seen)
+            found = _innermost(inner, through, seen)
             if found is not None:
                 return found
     return wrapper if isinstance(wrapper, Optimizer) else None

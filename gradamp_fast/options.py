@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, Literal, get_args
 
-from ._checks import nearest, one_of
+from ._checks import nearest, one_of, plain
 from .schedule import Schedule
 
 Measure = Literal["fluctuation", "direction", "variance", "random"]
@@ -27,12 +27,48 @@ Names = str | Iterable[str] | Callable[[str], bool]
 NOT_STATE = ("backend", "error_if_nonfinite")
 
 
+class _LeftOut:
+    """In the place of a default that depends on ``grow``."""
+
+    def __repr__(self) -> str:
+        return "<as grow says>"
+
+
+LEFT_OUT: Any = _LeftOut()
+# What is meant where an option is left out, without and with grow=True.
+DEFAULTS: dict[bool, dict[str, Any]] = {
+    False: {
+        "factor": 2.0,
+        "measure": "fluctuation",
+        "threshold": "mean",
+        "decay": 0.99,
+        "min_steps": 100,
+        "refresh": 100,
+    },
+    True: {
+        "factor": 1.4,
+        "measure": "direction",
+        "threshold": 0.0,
+        "decay": 0.9,
+        "min_steps": 50,
+        "refresh": 10,
+    },
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of an ``Amplifier``; ValueError names the option, its value and its range.
 
+    Where ``factor``, ``measure``, ``threshold``, ``decay``, ``min_steps`` or ``refresh`` is left
+    out it is what ``DEFAULTS`` says for ``grow``.
+
     Attributes:
-        factor: what selected gradients are multiplied by; finite, > 0, not 1.
+        grow: give every layer a factor of its own, 1 at first, that grows while the layer is
+            selected and then stands.
+        max_factor: with ``grow=True``, the most that a layer's grows to (None: 1024.0); > 1.
+        factor: what selected gradients are multiplied by; finite, > 0, not 1. With ``grow=True``
+            what a selected layer's own factor is multiplied by at each decision; > 1.
         measure: the score of a layer: ``"fluctuation"`` (ln F/R, low where gradients agree
             from step to step), ``"direction"`` (the same, blind to each step's size),
             ``"variance"`` (ln V) or ``"random"`` (drawn anew from (0, 1) for each decision).
@@ -64,16 +100,18 @@ class Options:
         backend: ``"auto"`` or the one to use.
     """
 
-    factor: float = 2.0
-    measure: Measure = "fluctuation"
-    threshold: ThresholdRule | float = "mean"
+    grow: bool = False
+    max_factor: float | None = None
+    factor: float = LEFT_OUT
+    measure: Measure = LEFT_OUT
+    threshold: ThresholdRule | float = LEFT_OUT
     select: Select = "below"
     num_std: float | None = None
     quantile: float | None = None
     seed: int | None = None
-    decay: float | None = 0.99
-    min_steps: int = 100
-    refresh: int | Literal["epoch"] = 100
+    decay: float | None = LEFT_OUT
+    min_steps: int = LEFT_OUT
+    refresh: int | Literal["epoch"] = LEFT_OUT
     schedule: Schedule | None = None
     timing: Timing = "lagged"
     placement: Placement = "gradient"
@@ -89,12 +127,16 @@ class Options:
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
-        self._validate()
         for field in fields(self):
-            object.__setattr__(self, field.name, _plain(field.name, getattr(self, field.name)))
+            if (value := getattr(self, field.name)) is not LEFT_OUT:
+                object.__setattr__(self, field.name, _plain(field.name, value))
+        for name, default in DEFAULTS[self.grow is True].items():
+            if getattr(self, name) is LEFT_OUT:
+                object.__setattr__(self, name, default)
+        self._validate()
 
     def _validate(self) -> None:
-        check_factor(self.factor)
+        check_factor(self.factor, grow=self.grow is True)
         one_of("measure", self.measure, get_args(Measure))
         if isinstance(self.threshold, str):
             one_of("threshold", self.threshold, (*get_args(ThresholdRule), "a number"))
@@ -138,11 +180,36 @@ class Options:
                 )
         if not callable(self.group_by):
             one_of("group_by", self.group_by, ("module", "tensor"))
-        for option in ("match_norm", "exclude_bias_and_norm", "error_if_nonfinite"):
+        for option in ("grow", "match_norm", "exclude_bias_and_norm", "error_if_nonfinite"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option}={getattr(self, option)!r} is not True or False")
         one_of("backend", self.backend, get_args(BackendName))
         self._validate_placement()
+        self._validate_growth()
+
+    def _validate_growth(self) -> None:
+        if not self.grow:
+            if self.max_factor is not None:
+                raise ValueError(
+                    f"max_factor={self.max_factor!r} goes with grow=True only; grow is False"
+                )
+            return
+        if self.max_factor is not None:
+            _check("max_factor", self.max_factor, lambda x: 1 < x < math.inf, "finite and > 1")
+        reasons = {
+            ("match_norm", True): "it takes back in every step what has grown",
+            ("placement", "backward"): "there the factors of layers compound",
+            ("measure", "random"): "a draw does not know whether gradients agree",
+        }
+        for (option, value), reason in reasons.items():
+            if getattr(self, option) == value:
+                raise ValueError(f"{option}={value!r} does not go with grow=True: {reason}")
+        for start, stop, factor in () if self.schedule is None else self.schedule.windows:
+            if factor is not None and factor <= 1:
+                raise ValueError(
+                    f"schedule window {(start, stop, factor)} does not go with grow=True: nothing "
+                    "grows by a factor of 1 or less"
+                )
 
     def _validate_placement(self) -> None:
         one_of("placement", self.placement, get_args(Placement))
@@ -222,6 +289,8 @@ class Options:
         windows = () if schedule is None else schedule.windows
         backward = self.placement == "backward"
         return Rules(
+            grow=self.grow,
+            max_factor=1024.0 if self.max_factor is None else self.max_factor,
             factor=self.factor,
             measure=self.measure,
             threshold=rule if isinstance(rule, str) else "number",
@@ -249,6 +318,7 @@ class Rules:
     """Options as a step goes by them: names and numbers, nothing left out.
 
     Attributes:
+        max_factor: 1024 also without ``grow``.
         factor: what the state begins with; a state's own may differ later.
         threshold: ``"number"`` if the threshold is ``threshold_value`` itself.
         threshold_value: standard deviations, quantile or threshold; 0 for ``"mean"``.
@@ -263,6 +333,8 @@ class Rules:
             ``placement="backward"``.
     """
 
+    grow: bool
+    max_factor: float
     factor: float
     measure: Measure
     threshold: Threshold
@@ -311,10 +383,8 @@ def _check_names(given: Iterable[str]) -> None:
 def _plain(option: str, value: Any) -> Any:
     """The value without what could change later or cannot be stored: numpy numbers, lists."""
     if option in ("include", "exclude") and value is not None and not callable(value):
-        return (value,) if isinstance(value, str) else tuple(value)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return int(value) if isinstance(value, Integral) else float(value)
-    return value
+        return (plain(value),) if isinstance(value, str) else tuple(map(plain, value))
+    return plain(value)
 
 
 def _same(a: object, b: object) -> bool:
@@ -326,8 +396,12 @@ def _same(a: object, b: object) -> bool:
     )
 
 
-def check_factor(value: object) -> None:
-    """ValueError unless the value can be a factor."""
+def check_factor(value: object, grow: bool = False) -> None:
+    """ValueError unless the value can be a factor, or with ``grow`` what one grows by."""
+    if grow:
+        range_ = "finite and > 1 with grow=True, or nothing would grow"
+        _check("factor", value, lambda x: 1 < x < math.inf, range_)
+        return
     _check("factor", value, lambda x: 0 < x < math.inf and x != 1, "finite, > 0 and not 1")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .report import Report
 
-Shown = Literal["fluctuation", "direction", "variance", "temporal_variance"]
+Shown = Literal["fluctuation", "direction", "variance", "temporal_variance", "factor"]
 
 UNMEASURED = "0.85"  # grey
 DPI = 150
@@ -34,8 +34,9 @@ LABELS = {
     "direction": "direction: cosine between a step's gradient and the mean before it",
     "variance": "variance across the layer's elements",
     "temporal_variance": "variance over time of the layer's mean element",
+    "factor": "what the layer's gradients are multiplied by",
 }
-LOGARITHMIC = ("variance", "temporal_variance")
+LOGARITHMIC = ("variance", "temporal_variance", "factor")
 
 
 def heatmap(
@@ -53,8 +54,8 @@ def heatmap(
             `Amplifier.report()`, one for each epoch or every so many steps.
         path: the file; its ending says the format (.png, .svg, .pdf).
         show: what the colour is: `"fluctuation"` and `"direction"` around a white 0,
-            `"variance"` and `"temporal_variance"` on a logarithmic scale. None: what the
-            amplifier decided by, `"fluctuation"` if that was random.
+            `"variance"`, `"temporal_variance"` and `"factor"` on a logarithmic scale. None: what
+            the amplifier decided by, `"fluctuation"` if that was random.
         title: a line on top.
         all_layers: a row for every layer. Otherwise more than 300 layers are shown by block: the
             deepest level of the modules' paths that has at most 300, or runs of neighbours where
@@ -62,7 +63,8 @@ def heatmap(
 
     Grey was not measured. A frame marks a cell whose layer was amplified since the report
     before; it is the thicker, the larger the share of those steps (in rows too thin for a frame:
-    a bar, the longer). A block's cell is the mean of its layers that were measured, of their
+    a bar, the longer). With `grow=True` a frame on a map of factors marks a layer that has
+    settled. A block's cell is the mean of its layers that were measured, of their
     logarithms on a logarithmic scale. Time is the epoch where the reports are of consecutive
     epochs, else the step.
 
@@ -75,6 +77,7 @@ def heatmap(
     shown = show or ("fluctuation" if measure == "random" else measure)
     one_of("show", shown, get_args(Shown))
     names, values, share = _tables(reports, shown)
+    settles = shown == "factor" and reports[-1].grow
     label = LABELS[shown]
     if len(names) > ROWS and not all_layers:
         layers = len(names)
@@ -88,14 +91,23 @@ def heatmap(
         scale.set_xlabel(label, fontsize=9)
         _time(axes, reports)
         thin = figure.get_figheight() * DPI / len(names) < THIN
-        _legend(figure, title, share, values, thin)
+        mark = (
+            "settled"
+            if settles
+            else f"amplified ({'longer' if thin else 'thicker'}: in more of the steps)"
+        )
+        _legend(figure, title, share, values, thin, mark)
         _lay_out(figure, axes, names)
         (_bars if thin else _frames)(axes, share)
         figure.savefig(path, dpi=DPI)
 
 
 def _tables(reports: Sequence[Report], shown: str) -> tuple[list[str], Tensor, Tensor]:
-    """Layer names, and [layers, reports] of values (NaN: none) and of amplified shares."""
+    """Layer names, and [layers, reports] of values (NaN: none) and of amplified shares.
+
+    Of growing factors in the place of the shares: 1 where a layer has settled.
+    """
+    settles = shown == "factor" and reports[-1].grow
     names = [list(map(attrgetter("name"), report.layers)) for report in reports]
     rows = {name: row for row, name in enumerate(dict.fromkeys(chain.from_iterable(names)))}
     values = torch.full((len(rows), len(reports)), torch.nan, dtype=torch.float64, device="cpu")
@@ -110,7 +122,9 @@ def _tables(reports: Sequence[Report], shown: str) -> tuple[list[str], Tensor, T
             for field in (shown, "steps", "amplified_steps")
         )
         values[here, column] = shown_now.where(measured > 0, torch.nan)
-        if steps > 0:
+        if settles:
+            share[here, column] = _numbers(layer.settled for layer in report.layers)
+        elif steps > 0:
             share[here, column] = (amplified - amplified_before[here]) / steps
         amplified_before[here] = amplified
     return [name or "(root)" for name in rows], values, share.clamp(0.0, 1.0)
@@ -253,7 +267,9 @@ def _time(axes: Axes, reports: Sequence[Report]) -> None:
     axes.set_xlabel("epoch" if by_epoch else "step")
 
 
-def _legend(figure: Figure, title: str | None, share: Tensor, values: Tensor, thin: bool) -> None:
+def _legend(
+    figure: Figure, title: str | None, share: Tensor, values: Tensor, thin: bool, mark: str
+) -> None:
     from matplotlib.patches import Patch
 
     handles: list[Any] = []
@@ -263,7 +279,7 @@ def _legend(figure: Figure, title: str | None, share: Tensor, values: Tensor, th
                 facecolor="black" if thin else "white",
                 edgecolor="black",
                 linewidth=1.5,
-                label=f"amplified ({'longer' if thin else 'thicker'}: in more of the steps)",
+                label=mark,
             )
         )
     if not values.isfinite().all():

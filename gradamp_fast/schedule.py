@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ._checks import one_of
+from ._checks import one_of, plain
 
 ScheduleUnit = Literal["epoch", "step"]
 Window = tuple[float, float, float | None]
@@ -32,7 +32,7 @@ class Schedule:
         self, windows: Iterable[Sequence[float | None]], unit: ScheduleUnit = "epoch"
     ) -> None:
         object.__setattr__(self, "windows", tuple(_window(window) for window in windows))
-        object.__setattr__(self, "unit", one_of("unit", unit, get_args(ScheduleUnit)))
+        object.__setattr__(self, "unit", one_of("unit", plain(unit), get_args(ScheduleUnit)))
         if not self.windows:
             raise ValueError("Schedule needs at least one window (start, stop[, factor])")
         ordered = sorted(self.windows, key=lambda window: window[:2])
@@ -50,15 +50,15 @@ class Schedule:
 
 def _window(given: Sequence[float | None]) -> Window:
     try:
-        start, stop, *rest = given
+        start, stop, *rest = map(plain, given)
         numbers_given = isinstance(start, (int, float)) and isinstance(stop, (int, float))
     except (TypeError, ValueError):
         numbers_given, rest = False, []
     if not numbers_given or len(rest) > 1:
         raise ValueError(f"Schedule window {given!r} is not (start, stop) or (start, stop, factor)")
-    if not 0 <= start < stop:  # type: ignore[operator]  # false for NaN too
+    if not 0 <= start < stop:  # false for NaN too
         raise ValueError(f"Schedule window {given!r} needs 0 <= start < stop")
     factor = rest[0] if rest else None
     if factor is not None and not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"Schedule window {given!r} needs a finite factor > 0")
-    return start, stop, factor  # type: ignore[return-value]
+    return start, stop, factor

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import gradamp_fast
 from gradamp_fast import Amplifier, backends
+from gradamp_fast.report import Report
 
 REALS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -230,6 +231,21 @@ def flat(state: Any, path: str = "") -> dict[str, Any]:
     return {k: v for key, value in items for k, v in flat(value, f"{path}/{key}").items()}
 
 
+def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two state dicts hold the same bits; NaN is NaN."""
+    left, right = flat(a), flat(b)
+    if left.keys() != right.keys():
+        return False
+    for key, x in left.items():
+        y = right[key]
+        if isinstance(x, Tensor):
+            if x.shape != y.shape or not torch.equal(x.nan_to_num(7.5), y.nan_to_num(7.5)):
+                return False
+        elif x != y and not (x != x and y != y):
+            return False
+    return True
+
+
 def hash_of(model: nn.Module, amplifier: Amplifier) -> str:
     """Over every gradient and the state."""
     out = hashlib.sha256()
@@ -324,13 +340,16 @@ class Twin:
         self.oracle.ruling = {row.name: bool(row.selected) for row in rows}
 
     def check_written(self, before: Mapping[str, Tensor], multipliers: dict[str, float]) -> None:
-        from_norm = self.oracle.match_norm or self.oracle.max_norm is not None
+        oracle = self.oracle
+        measured = oracle.match_norm or oracle.max_norm is not None
+        # A brake comes from variances.
+        measured |= oracle.grow and any(layer.surging for layer in oracle.layers.values())
         for name, parameter in self.model.named_parameters():
             if name not in before:
                 assert parameter.grad is None, name
                 continue
             actual, expected = parameter.grad, scaled(before[name], multipliers[name])
-            if from_norm:
+            if measured:
                 tolerance = TOLERANCE[actual.dtype].written
                 tiny = torch.finfo(actual.dtype).smallest_normal
                 torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tiny)
@@ -363,6 +382,17 @@ class Twin:
                     allowed = max(BASE.score, lost[row.name])
                     assert close(row.fluctuation, fluctuation, allowed, 1.0), (row, layer)
             assert row.selected == layer.selected, (row, oracle.tau)
+        if oracle.grow:
+            self.check_growth(report)
+
+    def check_growth(self, report: Report) -> None:
+        oracle = self.oracle
+        oracle.now = oracle.steps
+        standing = oracle.factors()
+        for row in report.layers:
+            layer = oracle.layers[row.name]
+            assert row.settled == layer.settled, (row, layer)
+            assert close(row.factor, standing.get(layer.parameters[0], 1.0), BASE.variance), row
 
 
 def digits_lost(layer: Layer) -> float:

@@ -15,6 +15,10 @@ import numpy as np
 
 Vector = np.ndarray
 
+# Of growing amplification.
+LOW = 0.1  # a mean direction above it: the learning rate is low
+SURGE = 4.0  # times the least running variance
+
 
 def murmur_finaliser(x: int) -> int:
     """MurmurHash3's 32-bit finaliser."""
@@ -54,6 +58,7 @@ class Layer:
     """What the steps so far left behind for one layer."""
 
     parameters: list[str]
+    n: int = 0
     k: int = 0
     V: float = 0.0
     Q: float = 0.0
@@ -61,12 +66,34 @@ class Layer:
     F: float = 0.0
     R: float = 0.0
     selected: bool = False
+    a: float = 1.0  # what growth came to
+    settled: bool = False
+    V_min: float = math.inf
     means: dict[str, Vector] = field(default_factory=dict)  # fp32, one entry a bucket
+    members: set[str] = field(default_factory=set)  # parameters that had a gradient so far
 
     def restart(self) -> None:
         self.k = 0
         self.V = self.Q = self.D = self.F = self.R = 0.0
+        self.V_min = math.inf
         self.means.clear()
+
+    def meet(self, names: set[str]) -> None:
+        """Those have a gradient now; one that never had one makes the layer begin anew."""
+        if self.members and names - self.members:
+            self.restart()
+            self.selected, self.a, self.settled = False, 1.0, False
+        self.members |= names
+
+    @property
+    def surging(self) -> bool:
+        return self.V_min < self.V / SURGE
+
+    def grown(self) -> float:
+        """The factor of its own, less what a surge takes back."""
+        if not self.surging:
+            return self.a
+        return max(self.a * math.sqrt(SURGE * self.V_min / self.V), 1.0)
 
 
 class Oracle:
@@ -92,6 +119,8 @@ class Oracle:
         timing: str = "lagged",
         match_norm: bool = False,
         max_norm: float | None = None,
+        grow: bool = False,
+        max_factor: float = 1024.0,
     ) -> None:
         self.layers = {name: Layer(list(parameters)) for name, parameters in layers.items()}
         self.excluded = list(excluded)
@@ -100,7 +129,10 @@ class Oracle:
         self.seed, self.decay, self.min_steps, self.refresh = seed, decay, min_steps, refresh
         self.windows, self.unit, self.timing = windows, unit, timing
         self.match_norm, self.max_norm = match_norm, max_norm
-        self.steps = self.skipped_steps = 0
+        self.grow, self.max_factor = grow, max_factor
+        self.rising = False  # the learning rate: a warm-up
+        self.first = True  # no layer could grow before the coming decision
+        self.steps = self.skipped_steps = self.now = 0
         self.epoch = -1
         self.tau = math.nan
         self.ruling: dict[str, bool] = {}  # the answer to take where a score is all but tau
@@ -134,6 +166,9 @@ class Oracle:
             layer.means[name] = (old[name] + w * (s - old[name])).astype(np.float32)
         layer.R = sum(np.square(layer.means[name].astype(np.float64)).sum() for name in sums)
         layer.F = (1 - w) ** 2 * layer.F + w**2 * q
+        layer.n = everything.size
+        if 5 * layer.k >= self.min_steps and layer.V > 0:
+            layer.V_min = min(layer.V_min, layer.V)
 
     # ---- decision -------------------------------------------------------------------
 
@@ -180,25 +215,63 @@ class Oracle:
             layer.selected = score < self.tau if self.select == "below" else score > self.tau
             if abs(score - self.tau) < 1e-4 * max(1.0, abs(self.tau)):
                 layer.selected = self.ruling.get(name, layer.selected)
+        if self.grow and scores and self.window() and not self.rising:
+            self.grow_or_settle([self.layers[name] for name in scores])
+
+    def grow_or_settle(self, layers: Sequence[Layer]) -> None:
+        """``layers`` are the eligible ones."""
+        direction = sum(layer.n * layer.D for layer in layers) / sum(layer.n for layer in layers)
+        too_high = self.first and direction <= LOW
+        for layer in layers:
+            if layer.settled:
+                continue
+            if too_high or not layer.selected:
+                back = 1.0 if self.first else self.active_factor()
+                layer.a = max(layer.grown() / back, 1.0)
+                layer.settled, layer.V_min = True, layer.V or math.inf
+            elif not layer.surging:
+                layer.a = min(layer.a * self.active_factor(), self.max_factor)
+        self.first = False
+
+    def release(self) -> None:
+        self.first = True
+        for layer in self.layers.values():
+            layer.settled, layer.V_min = False, math.inf
 
     def set_epoch(self, epoch: int) -> None:
         if epoch == self.epoch:
             return
-        self.epoch = epoch
+        self.epoch, self.now = epoch, self.steps
         if self.refresh == "epoch":
             self.decide()
             if self.decay is None:
                 for layer in self.layers.values():
                     layer.restart()
 
-    def active_factor(self) -> float:
+    def window(self) -> list[float] | None:
+        """The factor of the window that is open, if it has one; None if there is no window."""
         if self.windows is None:
-            return self.factor
-        now = self.epoch if self.unit == "epoch" else self.steps
+            return [self.factor]
+        now = self.epoch if self.unit == "epoch" else self.now
         for start, stop, *own in self.windows:
             if start <= now < stop:
-                return own[0] if own else self.factor
-        return 1.0
+                return own or [self.factor]
+        return None
+
+    def active_factor(self) -> float:
+        window = self.window()
+        return 1.0 if window is None else window[0]
+
+    def factors(self) -> dict[str, float]:
+        """What each parameter's gradient is multiplied by, as the state stands."""
+        if self.window() is None:
+            return {}
+        return {
+            name: layer.grown() if self.grow else self.active_factor()
+            for layer in self.layers.values()
+            if self.grow or layer.selected
+            for name in layer.parameters
+        }
 
     # ---- the step -------------------------------------------------------------------
 
@@ -220,24 +293,26 @@ class Oracle:
             for layer, state in self.layers.items()
         }
         present = {n: of for n, of in present.items() if sum(g.size for g in of.values())}
+        for layer, of in present.items():
+            self.layers[layer].meet({name for name, g in of.items() if g.size})
         finite = all(np.isfinite(g).all() for of in present.values() for g in of.values())
-        factor = self.active_factor()
-        standing = {name for name, layer in self.layers.items() if layer.selected}
+        self.now = self.steps
+        standing = self.factors()
         self.steps += 1
         if found_inf or not finite:
             self.skipped_steps += 1
             return None
 
         for name, of in present.items():
-            self.update(self.layers[name], of)
+            if self.layers[name].members <= set(of):
+                self.update(self.layers[name], of)
         counted = self.steps - self.skipped_steps
         if self.refresh != "epoch" and counted % self.refresh == 0:
             self.decide()
         if self.timing == "exact":
-            standing = {name for name, layer in self.layers.items() if layer.selected}
+            standing = self.factors()
 
-        chosen = {name for layer in standing for name in self.layers[layer].parameters}
-        multipliers = {name: factor if name in chosen else 1.0 for name in true}
+        multipliers = {name: standing.get(name, 1.0) for name in true}
         coefficient = self.rescale(true, multipliers)
         rest = inverse if unscale else 1.0
         return {name: m * coefficient * rest for name, m in multipliers.items()}

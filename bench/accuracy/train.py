@@ -209,10 +209,15 @@ def watch(
         yield on_step, on_epoch
 
 
-def train_watched(data: Data, recipe: Recipe, amplify: Mapping[str, Any] | None = None) -> Result:
-    """`train` with its progress shown on the standard output."""
+def train_watched(
+    data: Data,
+    recipe: Recipe,
+    amplify: Mapping[str, Any] | None = None,
+    label: str | None = None,
+) -> Result:
+    """`train` with its progress shown on the standard output, under a label."""
     steps = data.steps(recipe.batch) * recipe.epochs
-    label = "plain" if amplify is None else "amplified"
+    label = label or ("plain" if amplify is None else "amplified")
     with watch(label, steps, recipe.epochs) as (on_step, on_epoch):
         return train(data, recipe, amplify, on_step, on_epoch)
 

@@ -85,7 +85,7 @@ class CpuEngine final : public Engine {
 
     if (one_pass) {
       for (int64_t l = 0; l < tiling_.num_layers; ++l)
-        amplified_[l] = amplification(state_.layers[l], factor);
+        amplified_[l] = amplification(config_, state_.layers[l], factor);
       set_multipliers(in, unscale);
     }
     const bool with_excluded = norm || (one_pass && unscale != 1.0);

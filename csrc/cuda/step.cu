@@ -41,8 +41,9 @@ struct Common {
 __device__ inline double standing_multiplier(const StepArgs& a, const TileFacts& facts,
                                              const Common& common, DType dtype) {
   if (!a.write_in_first_phase) return 1.0;
-  const bool selected = facts.tile.layer < a.num_layers && facts.selected != 0.0;
-  const double own = selected ? common.factor : 1.0;
+  const double own = facts.tile.layer == a.num_layers
+                         ? 1.0
+                         : amplification(a.config, facts.layer(), common.factor);
   return as_applied(own * (a.unscale ? common.inverse : 1.0), dtype);
 }
 
@@ -55,7 +56,7 @@ __device__ inline RunningMeans find_means(const StepArgs& a, const TileFacts& fa
   float* const row = a.state.sketch + tile.first_bucket;
   means.before = row + facts.parity * a.state.buckets;
   means.after = row + (1 - facts.parity) * a.state.buckets;
-  means.weight = 1.0 / (1.0 + a.config.decay * facts.weight_sum);
+  means.weight = next_weight(facts.layer(), a.config.decay);
   return means;
 }
 
@@ -63,8 +64,7 @@ __device__ inline RunningMeans find_means(const StepArgs& a, const TileFacts& fa
 __device__ inline Sums tile_total(const LaneSums& lane, const Work& work) {
   WarpGroup warp;
   const double d = warp.sum(lane.d), d2 = warp.sum(lane.d2);
-  Sums sums = {shifted_moments(work.tile->count, work.shift, d, d2),
-                   add_all(lane.sketch, warp)};
+  Sums sums = {shifted_moments(work.tile->count, work.shift, d, d2), add_all(lane.sketch, warp)};
   sums.moments.mean *= work.means.inverse;
   sums.moments.m2 *= work.means.inverse * work.means.inverse;
   return sums;

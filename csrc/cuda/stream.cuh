@@ -29,13 +29,29 @@ struct alignas(128) Stage {
   char bytes[kStepBytes];
 };
 
+// What is read of a layer's state before a step, in what order.
+constexpr int kLayerFacts = 5;
+__device__ inline const double* layer_fact(const LayerState& s, int i) {
+  return i == 0   ? &s.weight_sum
+         : i == 1 ? &s.selected
+         : i == 2 ? &s.factor
+         : i == 3 ? &s.variance
+                  : &s.least_variance;
+}
+
 // What else comes with a tile.
 struct alignas(16) TileFacts {
   Tile tile;
-  double weight_sum;  // of the layer
-  double selected;
+  double of_layer[kLayerFacts];
   int32_t parity;     // of the tensor's buckets
   int32_t opened_at;  // the tile's first step
+
+  __device__ LayerState layer() const {
+    LayerState s = {};
+    s.weight_sum = of_layer[0], s.selected = of_layer[1], s.factor = of_layer[2];
+    s.variance = of_layer[3], s.least_variance = of_layer[4];
+    return s;
+  }
 };
 
 constexpr int kPartBuckets = 8;
@@ -70,6 +86,9 @@ struct BlockMemory {
   Stage stages[kWarps][kStages];
   WarpMemory warps[kWarps];
 };
+// Three blocks share the 228 KB of a processor of Hopper's; the system takes 1 KB of each, and
+// the kernel declares 128 bytes.
+static_assert(sizeof(BlockMemory) <= 228 * 1024 / 3 - 1024 - 128);
 
 __device__ inline BlockMemory& block_memory() {
   extern __shared__ BlockMemory memory[];
@@ -189,10 +208,10 @@ class Stream {
     const int lane = lane_index();
     if (tile.layer < a_.num_layers) {
       const LayerState& layer = a_.state.layers[tile.layer];
-      if (lane < 2)
-        __pipeline_memcpy_async(lane == 0 ? &facts.weight_sum : &facts.selected,
-                                lane == 0 ? &layer.weight_sum : &layer.selected, 8);
-      if (lane == 2) __pipeline_memcpy_async(&facts.parity, a_.state.parity + tile.tensor, 4);
+      if (lane < kLayerFacts)
+        __pipeline_memcpy_async(&facts.of_layer[lane], layer_fact(layer, lane), 8);
+      if (lane == kLayerFacts)
+        __pipeline_memcpy_async(&facts.parity, a_.state.parity + tile.tensor, 4);
     }
     next_ += stride();
     fetch_facts(next_slot());

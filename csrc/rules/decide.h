@@ -145,11 +145,71 @@ GRADAMP_HD double threshold(const Config& c, const double* scores, int64_t layer
   return c.select == Select::kBelow ? mean - spread : mean + spread;
 }
 
-// Chooses anew which layers are amplified, in step `step`. `scores` is scratch for `layers`
-// doubles; decisions are numbered so that each draws anew.
+// ---- growth -------------------------------------------------------------------------
+
+constexpr double kLow = 0.1;    // of the mean direction: above it the learning rate is low
+constexpr double kSurge = 4.0;  // times the least variance
+constexpr double kEarly = 5.0;  // the least is kept from a layer's step min_steps / kEarly on
+
+// Whether the layer's gradients are much larger than at their least.
+GRADAMP_HD bool is_surging(const LayerState& s) { return s.variance > kSurge * s.least_variance; }
+
+// What growth came to, less what a surge takes back.
+GRADAMP_HD double grown(const LayerState& s) {
+  if (!is_surging(s)) return s.factor;
+  const double braked = s.factor * sqrt(kSurge * s.least_variance / s.variance);
+  return braked > 1.0 ? braked : 1.0;
+}
+
+// After a step. A variance of 0 is none: nothing can be compared to it.
+GRADAMP_HD void keep_least(LayerState& s, double min_steps) {
+  if (kEarly * s.steps >= min_steps && s.variance > 0.0 && s.variance < s.least_variance)
+    s.least_variance = s.variance;
+}
+
+GRADAMP_HD void settle(LayerState& s, double taken_back) {
+  const double left = grown(s) / taken_back;
+  s.factor = left > 1.0 ? left : 1.0;
+  s.settled = 1.0;
+  s.least_variance = s.variance > 0.0 ? s.variance : static_cast<double>(INFINITY);
+}
+
+// At a decision: layers grow by `factor`, or settle for good. `scores` are finite where layers
+// are eligible.
+template <class Group>
+GRADAMP_HD void grow(const Config& c, GlobalState& g, LayerState* states, int64_t layers,
+                     const double* scores, double factor, Group& group) {
+  if (factor == 1.0 || g.rising != 0.0) return;
+  const bool first = g.gated == 0.0;
+  double elements = 0.0, direction = 0.0;
+  for (int64_t l = group.rank(); l < layers; l += group.size())
+    if (is_finite(scores[l]))
+      elements += states[l].member_numel, direction += states[l].member_numel * states[l].agreement;
+  elements = group.sum(elements);
+  direction = group.sum(direction) / elements;
+  if (elements == 0.0) return;
+  const bool low = !first || direction > kLow;
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    LayerState& s = states[l];
+    if (!is_finite(scores[l]) || s.settled != 0.0) continue;
+    if (!low || s.selected == 0.0) {
+      settle(s, first ? 1.0 : factor);  // what grew last was too much; at first nothing has grown
+    } else if (!is_surging(s)) {
+      s.factor = s.factor * factor < c.max_factor ? s.factor * factor : c.max_factor;
+    }
+  }
+  if (group.rank() == 0) g.gated = 1.0;
+}
+
+// ---- decision -----------------------------------------------------------------------
+
+// Chooses anew, in step `step`, which layers are amplified, and with `grow` by how much. `scores`
+// is scratch for `layers` doubles; decisions are numbered so that each draws anew; `factor` is
+// active_factor().
 template <class Group>
 GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int64_t layers,
-                       int64_t decision, double step, double* scores, Group& group) {
+                       int64_t decision, double step, double* scores, double factor,
+                       Group& group) {
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     const double x = c.measure == Measure::kRandom ? drawn(c.seed, decision, l)
                                                    : score(states[l], c.measure);
@@ -163,6 +223,7 @@ GRADAMP_HD void decide(const Config& c, GlobalState& g, LayerState* states, int6
     states[l].selected = chosen;
   }
   if (group.rank() == 0) g.threshold = tau;
+  if (c.grow) grow(c, g, states, layers, scores, factor, group);
 }
 
 // ---- schedule and multiplier --------------------------------------------------------
@@ -173,7 +234,7 @@ GRADAMP_HD double inverse_scale(const float* grad_scale) {
   return grad_scale ? static_cast<float>(1.0 / static_cast<double>(*grad_scale)) : 1.0;
 }
 
-// What selected layers are multiplied by on this step: 1 outside all windows.
+// What selected layers are multiplied by on this step, or grow by: 1 outside all windows.
 GRADAMP_HD double active_factor(const Config& c, const GlobalState& g, const Turn& turn) {
   if (c.schedule == ScheduleUnit::kAlways) return g.factor;
   const double now = c.schedule == ScheduleUnit::kEpoch ? g.epoch : step_number(g, turn);
@@ -184,7 +245,9 @@ GRADAMP_HD double active_factor(const Config& c, const GlobalState& g, const Tur
   return 1.0;
 }
 
-GRADAMP_HD double amplification(const LayerState& s, double factor) {
+// What a layer's gradients are multiplied by as its state stands.
+GRADAMP_HD double amplification(const Config& c, const LayerState& s, double factor) {
+  if (c.grow) return factor != 1.0 ? grown(s) : 1.0;
   return s.selected != 0.0 ? factor : 1.0;
 }
 
@@ -225,18 +288,20 @@ GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, cons
     return false;
   }
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
-    scratch.amplified[l] = amplification(states[l], factor);
-    if (is_measured(states[l], sums[l])) update_layer(states[l], sums[l], c.decay);
+    scratch.amplified[l] = amplification(c, states[l], factor);
+    if (!is_measured(states[l], sums[l])) continue;
+    update_layer(states[l], sums[l], c.decay);
+    if (c.grow) keep_least(states[l], c.min_steps);
   }
   group.barrier();
   const double step = step_number(g, turn);
   const bool skipped = !turn.begins_round && g.round_skipped != 0.0;
   const int64_t counted = static_cast<int64_t>(step - g.skipped_steps) + 1;
   if (turn.decides && !skipped && c.refresh > 0 && counted % c.refresh == 0)
-    decide(c, g, states, layers, counted / c.refresh, step, scratch.scores, group);
+    decide(c, g, states, layers, counted / c.refresh, step, scratch.scores, factor, group);
   group.barrier();
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
-    if (c.exact) scratch.amplified[l] = amplification(states[l], factor);
+    if (c.exact) scratch.amplified[l] = amplification(c, states[l], factor);
     if (is_measured(states[l], sums[l]) && scratch.amplified[l] != 1.0)
       states[l].amplified_steps += 1.0;
   }

@@ -31,7 +31,9 @@ namespace gradamp {
   X(total_norm)         /* before clipping */                                           \
   X(unmeasured_steps)   /* calls that Python made without an engine, on top of step */  \
   X(unmeasured_skipped) /* how many of those were skipped */                            \
-  X(round_skipped)      /* 1: a call of the round under way, or of the last, was */
+  X(round_skipped)      /* 1: a call of the round under way, or of the last, was */     \
+  X(gated)              /* 0: no decision yet at which anything could grow */           \
+  X(rising)             /* 1: the learning rate rises: nothing grows or settles */
 
 #define GRADAMP_LAYER_FIELDS(X)                                                         \
   X(steps)           /* k */                                                            \
@@ -44,7 +46,10 @@ namespace gradamp {
   X(selected)        /* 0 or 1: the standing selection */                               \
   X(amplified_steps) /* counted steps on which the layer was multiplied */              \
   X(changed_at)      /* step number at which `selected` last changed */                 \
-  X(member_numel)    /* elements of its members; 0: those of the first step measured */
+  X(member_numel)    /* elements of its members; 0: those of the first step measured */ \
+  X(factor)          /* a: what growth came to */                                       \
+  X(settled)         /* 0 or 1: it grows no more */                                     \
+  X(least_variance)  /* V_min; infinite before there is one */
 
 #define GRADAMP_ENUMERATOR(name, text) name,
 enum class Measure : int32_t { GRADAMP_MEASURES(GRADAMP_ENUMERATOR) };
@@ -74,6 +79,8 @@ struct Config {
   double min_steps = 100.0;
   int64_t refresh = 100;          // 0: decided outside the step, when the epoch changes
   uint32_t seed = 0;              // of the draws of Measure::kRandom
+  int32_t grow = 0;
+  double max_factor = 0.0;        // with `grow`
 };
 
 #define GRADAMP_COLUMN(name) double name;

@@ -47,7 +47,8 @@ def choose(
     cannot run, ValueError if the variable names none.
     """
     if name == "auto":
-        name = os.environ.get("GRADAMP_BACKEND") or "auto"
+        name = os.environ.get("GRADAMP_BACKEND", "")
+        name = name if name.strip() else "auto"
         one_of("environment variable GRADAMP_BACKEND", name, get_args(BackendName))
     able: dict[str, Any] = _MEASURING if sharded else _BACKENDS
     if name == "auto":

@@ -67,6 +67,11 @@ class BackwardSteps(Stepping):
             dtype: torch.ones(len(plan.layers), dtype=dtype, device=state.device)
             for dtype in (torch.float32, torch.float64)
         }
+        # Layers whose modules were called since the last measured step, and before that one: what
+        # is never called is never amplified, and must not be selected.
+        self.called: set[int] = set()
+        self._reached: Tensor | None = None
+        self._fresh = True  # the coming step's forward pass may have been without hooks
         handles = [] if model is None else _hook(model, plan, self)
         weakref.finalize(self, _remove, handles)
         self.follow(restored=True)
@@ -76,6 +81,8 @@ class BackwardSteps(Stepping):
         """Sets the multipliers for the coming backpropagation."""
         if restored:
             self._calls = int(reference.step_number(self._state, Call()))
+        if self._reached is not None:
+            self._state.column("selected").mul_(self._reached)
         factor = torch.ones_like(self._state.scalar("factor"))
         if self._calls % self._rules.measure_every:
             factor = reference.active_factor(self._state, self._rules, Call())
@@ -94,13 +101,25 @@ class BackwardSteps(Stepping):
                 'a step with placement="backward" cannot be captured, since not every step '
                 "measures: capture forward and backward, and step outside of the graph"
             )
-        if self._calls % self._rules.measure_every == 0:
-            outcome = self._measuring.step(call)
-        else:
-            outcome = self._pass(call)
+        measured = self._calls % self._rules.measure_every == 0
+        outcome = self._measure(call) if measured else self._pass(call)
         if outcome is Outcome.DONE:
             self._calls += 1
+            self._fresh = False
             self.follow()
+        return outcome
+
+    @torch.no_grad()
+    def _measure(self, call: Call) -> Outcome:
+        selected, changed_at = self._state.column("selected"), self._state.column("changed_at")
+        selected_before, changed_before = selected.clone(), changed_at.clone()
+        outcome = self._measuring.step(call)
+        if outcome is Outcome.DONE and (self.called or not self._fresh):
+            reached = [layer in self.called for layer in range(len(selected))]
+            self._reached = torch.tensor(reached, dtype=selected.dtype, device=selected.device)
+            self.called.clear()
+            kept = (self._reached == 0) & (selected_before == 0)  # it was not selected, and is not
+            changed_at.copy_(torch.where(kept, changed_before, changed_at))
         return outcome
 
     @torch.no_grad()
@@ -125,6 +144,8 @@ class _Hook:
     do nothing.
     """
 
+    __name__ = "gradamp_fast.placement"
+
     def __init__(self, steps: BackwardSteps | None = None, layer: int = 0) -> None:
         self._steps = (lambda: None) if steps is None else weakref.ref(steps)
         self._layer = layer
@@ -132,11 +153,22 @@ class _Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, ()
 
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        """Of a function, as ``torch.jit.script`` takes a hook to be."""
+        raise RuntimeError(
+            "torch.jit.script cannot compile the hooks of an Amplifier with placement='backward': "
+            "script the model before the Amplifier's first step, or after it is gone"
+        )
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._steps() is None or not torch.is_grad_enabled():
+        steps = self._steps()
+        if steps is None or steps.suspended or not torch.is_grad_enabled():
             return None
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
+            steps.called.add(self._layer)
         return self._viewed(args), {name: self._viewed(value) for name, value in kwargs.items()}
 
     def _viewed(self, value: Any) -> Any:
@@ -150,7 +182,7 @@ class _Hook:
 
     def _multiplied(self, gradient: Tensor) -> Tensor | None:
         steps = self._steps()
-        if steps is None:
+        if steps is None or steps.suspended:
             return None
         wide = gradient.dtype in (torch.float64, torch.complex128)
         multiplier = steps.multipliers[torch.float64 if wide else torch.float32][self._layer]
@@ -170,6 +202,7 @@ def _hook(model: nn.Module, plan: Plan, steps: BackwardSteps) -> list[RemovableH
     return [
         module.register_forward_pre_hook(_Hook(steps, layer), with_kwargs=True)
         for layer, module in owners.items()
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, reference
 from ..call import Call, Outcome
 from ..model.gradients import GradientReader
 from ..model.plan import Plan
@@ -17,7 +17,13 @@ from ..reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS, State
 from .stepping import Measuring
 
 # The extension's own lists, which have to be the same.
-LISTS = {"GLOBAL_FIELDS": GLOBAL_FIELDS, "LAYER_FIELDS": LAYER_FIELDS, "ENUMS": ENUMS}
+_MEMBERS = 5  # Outcome::kMembers in csrc/stepper.h
+LISTS = {
+    "GLOBAL_FIELDS": GLOBAL_FIELDS,
+    "LAYER_FIELDS": LAYER_FIELDS,
+    "ENUMS": ENUMS,
+    "GROWTH": (reference.LOW, reference.SURGE, reference.EARLY),
+}
 
 
 class CompiledBackend(Measuring):
@@ -27,7 +33,8 @@ class CompiledBackend(Measuring):
         extension = _extension.load()
         assert extension is not None, _extension.reason()
         _extension.check_lists(extension, LISTS)
-        self.reader = GradientReader(plan, state.device)
+        self.plan, self.state = plan, state
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
         self.compiled = extension.Stepper(
             parameters=[slot.parameter for slot in plan.slots],
             watched=list(plan.watched),
@@ -39,6 +46,8 @@ class CompiledBackend(Measuring):
             values=state.values,
             sketch=state.sketch,
             parity=state.parity,
+            members=state.members.flags,
+            lacking=state.members.lacking,
         )
 
     def step(self, call: Call) -> Outcome:
@@ -49,8 +58,11 @@ class CompiledBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        self.state.begin_anew(self.plan, self.reader.anew)
+        if outcome == _MEMBERS:
+            return Outcome(self.compiled.step(*call, members_known=True))
         self._step_gradients(gradients, call, None)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
 
     def settle(self) -> None:
@@ -122,5 +134,7 @@ def for_kernel(rules: Rules) -> dict[str, Any]:
         "min_steps": float(rules.min_steps),
         "refresh": float(rules.refresh),
         "seed": rules.seed,
+        "grow": rules.grow,
+        "max_factor": rules.max_factor,
         "windows": list(rules.windows),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import reference
 from ..call import Call, Outcome
 from ..model.gradients import GradientReader
+from ..model.members import Members
 from ..model.plan import Plan
 from ..model.shards import group_of
 from ..options import Rules
@@ -39,7 +40,7 @@ class ShardedBackend(Stepping):
 
     def __init__(self, measuring: type[Measuring], plan: Plan, state: State, rules: Rules) -> None:
         self.plan, self.state, self.rules = plan, state, rules
-        self.reader = GradientReader(plan, state.device)
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
         self.group = group_of(slot.shard for slot in plan.slots if slot.shard is not None)
         self.copies = [
             self.group.size() if slot.shard is None else slot.shard.copies for slot in plan.slots
@@ -59,6 +60,7 @@ class ShardedBackend(Stepping):
         self.seen.values = state.values.new_zeros(
             len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(layers)
         )
+        self.seen.members = Members(parts)  # it is the whole layers' that count
         self.sums = state.values.new_zeros((len(layers) + 1, SUMS_COLUMNS))
         self.measuring = measuring(parts, self.seen, rules)
         self._pending: Callable[[], None] | None = None
@@ -69,6 +71,7 @@ class ShardedBackend(Stepping):
             return gradients
         self.settle()
         state, rules = self.state, self.rules
+        state.begin_anew(self.plan, self.reader.anew)
         before = reference.standing(state, rules, call)
         self._measure(gradients, call)
         added_up = self._add_up(gradients, before)
@@ -86,7 +89,7 @@ class ShardedBackend(Stepping):
             self._pending = commit
             if call.found_inf is not None:
                 self.settle()
-        self.reader.write_back()
+        self.reader.write_back(call)
         # A DTensor has a version of its own; which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
             [
@@ -182,4 +185,6 @@ def _members(layers: Sequence[int]) -> Tensor:
     """Indices of each layer's parts, filled up with the number of parts: int64 [layers, most]."""
     of = [[p for p, own in enumerate(layers) if own == layer] for layer in range(layers[-1] + 1)]
     most = max(map(len, of))
-    return torch.tensor([members + [len(layers)] * (most - len(members)) for members in of])
+    return torch.tensor(
+        [members + [len(layers)] * (most - len(members)) for members in of], device="cpu"
+    )

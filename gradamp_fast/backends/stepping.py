@@ -20,9 +20,11 @@ class Stepping:
     Attributes:
         acts_between_steps: whether gradients depend on it while they are computed, so that a
             model that was looked at again needs its successor at once.
+        suspended: whether it leaves gradients alone while they are computed.
     """
 
     acts_between_steps: ClassVar[bool] = False
+    suspended: bool = False
 
     def step(self, call: Call) -> Outcome:
         raise NotImplementedError

@@ -24,14 +24,15 @@ class TorchBackend(Measuring):
 
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         self.plan, self.state, self.rules = plan, state, rules
-        self.reader = GradientReader(plan, state.device)
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
 
     def step(self, call: Call) -> Outcome:
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        self.state.begin_anew(self.plan, self.reader.anew)
         reference.step(self.plan, self.state, self.rules, gradients, call)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
 
     def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
@@ -42,8 +43,7 @@ class TorchBackend(Measuring):
             reference.multiply(
                 self.plan,
                 gradients,
-                before.selected,
-                before.factor,
+                before.multipliers,
                 before.inverse if call.unscale else torch.ones_like(before.inverse),
                 ~before.skipped,
             )

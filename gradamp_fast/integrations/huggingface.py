@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Everything is prepared and, in a resumed run, restored."""
-        if args.max_grad_norm > 0:
+        if args.max_grad_norm:
             warnings.warn(
                 f"max_grad_norm={args.max_grad_norm} clips gradients before they are amplified, so "
                 "an update may exceed it: give TrainingArguments max_grad_norm=0 and "
@@ -69,10 +69,10 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
                 "the amplifier in a loop of your own"
             )
         self.amplifier.reset()
-        self._resume(state)
+        self._resume(state, kwargs.get("train_dataloader"))
         self._attachment = self.amplifier.attach(kwargs["optimizer"])
 
-    def _resume(self, state: Any) -> None:
+    def _resume(self, state: Any, batches: Any) -> None:
         """``state`` is the checkpoint's in a resumed run; the Trainer leaves our part to us."""
         assert self.amplifier is not None
         self._epoch = int(state.epoch)
@@ -82,6 +82,9 @@ class GradientAmplificationCallback(TrainerCallback, ExportableState):
             return
         if stored := found.get("amplifier"):
             self.amplifier.load_state_dict(_decode(stored))
+            if not isinstance(getattr(batches, "dataset", None), Sized):
+                # The Trainer does not know how long an epoch is, and takes max_steps for it.
+                self._epoch = max(self.amplifier.bound.epoch, 0)
         else:
             warnings.warn(
                 "the checkpoint holds no state of a GradientAmplificationCallback: the amplifier "

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..call import Call, Outcome
+from .members import Members, is_dense
 from .plan import Plan, Slot
 from .shards import is_dtensor, local, refuse_partial
 
@@ -17,26 +21,43 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class GradientReader:
     """Gradients of a plan's parameters as flat real tensors in memory order.
 
-    Of a DTensor that is the part that is here.
+    Of a DTensor that is the part that is here. ``needs_norm``: every gradient has to count in it.
+
+    Attributes:
+        members: where it is noted who had a gradient; None: nowhere.
+        anew: layers that begin anew because of what was read last.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        members: Members | None = None,
+        needs_norm: bool = False,
+    ) -> None:
         self.plan = plan
         self.device = device
+        self.members = members
+        self.anew: list[int] = []
+        self._needs_norm = needs_norm
         self._had_gradient = [False] * len(plan.slots)
         self._copies: list[tuple[Tensor, Tensor]] = []
+        self._sparse: list[Tensor] = []
+        self._apart: list[int] = []  # addresses of gradients that were seen to share no memory
 
     def read(self, call: Call) -> list[Tensor | None] | Outcome:
         """A flat view for each slot, None where there is no gradient.
 
         One that ``call.only`` leaves out is as if without gradient. A gradient that is strided
         without being dense, or lazily conjugated, is copied; ``write_back`` stores what became of
-        it.
+        it. A sparse one, which only an excluded parameter may have, counts as absent; there it is
+        unscaled.
 
         Raises TypeError or ValueError, naming the parameter, before anything is written.
         """
         plan, only, walked = self.plan, call.only, call.walked
         self._copies.clear()
+        self._sparse.clear()
         if any(parameter.requires_grad for parameter in plan.watched):
             return Outcome.REBIND
         wanted = [only is None or bool(only[i]) for i in range(len(plan.slots))]
@@ -60,7 +81,7 @@ class GradientReader:
         if not present:
             return Outcome.EMPTY
         for slot, gradient in present:
-            _check(slot, gradient)
+            _check(slot, gradient, self._needs_norm)
         if elsewhere := [(s, g) for s, g in present if g.device != self.device]:
             if len(elsewhere) == len(present) and not walked:
                 return Outcome.REBIND
@@ -70,12 +91,41 @@ class GradientReader:
                 f"{gradient.device}, others are on {self.device}; use one Amplifier for each "
                 "device's part of the model"
             )
+        self.refuse_shared_memory(gradients)
         for index, want in enumerate(wanted):
             if want:
                 self._had_gradient[index] = gradients[index] is not None
+        if self.members is not None:
+            self.anew = self.members.look(plan, gradients, wanted)
         return [None if g is None else self._flat(g) for g in gradients]
 
-    def _flat(self, gradient: Tensor) -> Tensor:
+    def refuse_shared_memory(self, gradients: Sequence[Tensor | None]) -> None:
+        """ValueError if two of them do, one for each slot: each would be multiplied twice.
+
+        Looked at only when addresses are not those of the time before.
+        """
+        owned = [
+            (index, gradient)
+            for index, gradient in enumerate(gradients)
+            if gradient is not None and gradient.layout == torch.strided and gradient.numel() > 0
+        ]
+        addresses = [gradient.data_ptr() for _, gradient in owned]
+        if addresses == self._apart:
+            return
+        ordered = sorted(zip(addresses, owned, strict=True), key=lambda item: item[0])
+        for (start, (index, one)), (other_start, (other_index, other)) in pairwise(ordered):
+            if start + _extent(one) > other_start and _share_elements(one, other):
+                names = [self.plan.slots[i].name for i in sorted((index, other_index))]
+                raise ValueError(
+                    f"the gradients of {names[0]!r} and {names[1]!r} share memory, so neither can "
+                    "be multiplied alone: give one of them a copy, as p.grad = p.grad.clone()"
+                )
+        self._apart = addresses
+
+    def _flat(self, gradient: Tensor) -> Tensor | None:
+        if gradient.layout != torch.strided:
+            self._sparse.append(gradient)
+            return None
         gradient = gradient.detach()
         if gradient.is_conj() or gradient.is_neg() or not is_dense(gradient):
             copy = gradient.resolve_conj().resolve_neg().contiguous()
@@ -84,11 +134,20 @@ class GradientReader:
         real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
         return real.as_strided((real.numel(),), (1,))
 
-    def write_back(self) -> None:
-        """Stores the copies' contents in the gradients they were made of."""
+    @torch.no_grad()
+    def write_back(self, call: Call) -> None:
+        """Stores the copies' contents in the gradients they were made of; unscales sparse ones."""
         for gradient, copy in self._copies:
             gradient.copy_(copy)
         self._copies.clear()
+        if self._sparse and call.unscale and call.grad_scale is not None:
+            inverse = (1 / call.grad_scale.double()).float().reshape(())
+            if call.found_inf is not None:
+                inverse = torch.where(call.found_inf.reshape(()) == 0, inverse, 1.0)
+            for gradient in self._sparse:
+                coo = gradient.layout == torch.sparse_coo
+                (gradient._values() if coo else gradient.values()).mul_(inverse)
+        self._sparse.clear()
 
 
 def state_device(plan: Plan) -> torch.device:
@@ -97,22 +156,6 @@ def state_device(plan: Plan) -> torch.device:
     gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
     device = (gradients or tensors)[0].device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, each once, in whatever order."""
-    expected = 1
-    for stride, size in sorted(
-        (stride, size)
-        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-        if size != 1
-    ):
-        if size == 0:
-            return True
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _gradient(slot: Slot) -> Tensor | None:
@@ -134,17 +177,24 @@ def _gradient(slot: Slot) -> Tensor | None:
     return local(gradient)
 
 
-def _check(slot: Slot, gradient: Tensor) -> None:
+def _check(slot: Slot, gradient: Tensor, needs_norm: bool) -> None:
     what = f"the gradient of {slot.name!r}"
     if type(gradient) not in (Tensor, Parameter):
         raise TypeError(
             f"{what} is a {type(gradient).__name__}: only plain tensors can be amplified; "
             "exclude the parameter or convert its gradient"
         )
-    if gradient.layout != torch.strided:
+    if gradient.is_inference():
         raise TypeError(
-            f"{what} has layout {gradient.layout}: only dense gradients can be amplified; use a "
-            "module that makes dense ones (such as Embedding(sparse=False)) or exclude it"
+            f"{what} was made under torch.inference_mode and cannot be changed: make it outside, "
+            "or assign its clone()"
+        )
+    if gradient.layout != torch.strided and (slot.layer >= 0 or needs_norm):
+        fix = "leave max_norm and match_norm out" if slot.layer < 0 else "exclude it"
+        raise TypeError(
+            f"{what} has layout {gradient.layout}: only dense gradients can be amplified, or "
+            f"counted in a norm; use a module that makes dense ones (such as "
+            f"Embedding(sparse=False)) or {fix}"
         )
     real = gradient.dtype.to_real() if gradient.is_complex() else gradient.dtype
     if gradient.is_quantized or real not in DTYPES:
@@ -154,7 +204,7 @@ def _check(slot: Slot, gradient: Tensor) -> None:
         )
     if gradient.device.type == "meta":
         raise TypeError(f"{what} is on the meta device: it has no elements")
-    if not is_dense(gradient) and _overlaps(gradient):
+    if gradient.layout == torch.strided and not is_dense(gradient) and _overlaps(gradient):
         raise ValueError(
             f"{what} is expanded or overlaps itself: its elements share memory, so none can be "
             "multiplied alone; call .contiguous() on it"
@@ -173,3 +223,24 @@ def _overlaps(tensor: Tensor) -> bool:
             return True
         end = stride * (size - 1) + end
     return False
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()
+
+
+def _share_elements(a: Tensor, b: Tensor) -> bool:
+    """Whether some element of one lies in the other; their stretches of memory overlap."""
+    if is_dense(a) and is_dense(b):
+        return True
+    return bool(torch.isin(_element_addresses(a), _element_addresses(b)).any())
+
+
+def _element_addresses(tensor: Tensor) -> Tensor:
+    places = torch.tensor([tensor.data_ptr()], device="cpu")
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        steps = torch.arange(size, device="cpu") * (stride * tensor.element_size())
+        places = (places[:, None] + steps).flatten()
+    return places

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
+from collections.abc import Iterator
 from itertools import chain
+from typing import ClassVar
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..learning_rates import LearningRates
 from .plan import Plan
 
 
@@ -17,13 +21,18 @@ class Holding:
     """The parameters that one optimizer holds; its groups are looked at again by ``changed``.
 
     Attributes:
+        number: in the order in which they were made.
         hook: by which the optimizer's steps amplify; None if something else calls the steps.
+        rates: the learning rates of its groups at the last step.
     """
 
     hook: RemovableHandle | None = None
+    _count: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self.number = next(self._count)
         self._optimizer = weakref.ref(optimizer)
+        self.rates = LearningRates()
         # Held, and compared by identity: addresses are given to other parameters in time.
         self._parameters: list[Parameter] = []
         self._groups: list[tuple[int, object]] = []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch.nn import Parameter
 
 from .shards import Shard, local, shard_of
@@ -13,6 +14,7 @@ from .shards import Shard, local, shard_of
 # A tensor's buckets begin at a multiple of this in a row of the sketch: at 64 bytes, so that the
 # widest vectors find them aligned.
 BUCKET_ALIGNMENT = 16
+Member = tuple[str, Parameter, str | None]  # with its name and its layer's, None if excluded
 SIGN_WORD = 32  # elements whose signs are the bits of one hash
 SHORT_BUCKET_LOG2, LONG_BUCKET_LOG2 = 4, 9  # buckets of 16 and of 512 elements
 
@@ -95,10 +97,28 @@ class Plan:
         """Buckets of a row of the sketch from each measured tensor's first to the next one's."""
         return tuple(_aligned(slot.buckets) for slot in self.slots[: self.measured])
 
+    @cached_property
+    def slots_of(self) -> tuple[range, ...]:
+        """Indices of each layer's slots."""
+        begin, out = 0, []
+        for layer in range(len(self.layers)):
+            end = begin
+            while end < self.measured and self.slots[end].layer == layer:
+                end += 1
+            out.append(range(begin, end))
+            begin = end
+        return tuple(out)
+
     @property
     def sharded(self) -> bool:
         """Whether gradients are spread over processes."""
         return any(slot.shard is not None for slot in self.slots)
+
+    def without_parameters(self) -> Plan:
+        """The same with stand-ins, of no size, for the parameters."""
+        nothing = Parameter(torch.empty(0, device="cpu"), requires_grad=False)
+        slots = tuple(replace(slot, parameter=nothing) for slot in self.slots)
+        return replace(self, slots=slots, watched=())
 
     def laid_out_like(self, other: Plan) -> bool:
         """Whether a state of one is a state of the other."""
@@ -137,10 +157,8 @@ def _aligned(buckets: int) -> int:
     return -(-buckets // BUCKET_ALIGNMENT) * BUCKET_ALIGNMENT
 
 
-def make_plan(
-    members: Sequence[tuple[str, Parameter, str | None]], watched: Iterable[Parameter]
-) -> Plan:
-    """A plan from (parameter name, parameter, layer name or None if excluded) in model order."""
+def make_plan(members: Sequence[Member], watched: Iterable[Parameter]) -> Plan:
+    """A plan from parameters in model order."""
     layers = list(dict.fromkeys(layer for _, _, layer in members if layer is not None))
     index = {name: number for number, name in enumerate(layers)}
     numbered = [

@@ -5,32 +5,46 @@ from __future__ import annotations
 import fnmatch
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
 from ..options import Names, Options
-from .plan import Plan, make_plan
+from .plan import Member, Plan, make_plan
 
-# Inserted into names by torch.compile, FSDP and activation checkpointing.
-_INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # these insert "module"
+# Classes that wrap a model, by package and name: the child that holds it.
+WRAPPERS = {
+    ("torch", "DataParallel"): "module",
+    ("torch", "DistributedDataParallel"): "module",
+    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch", "OptimizedModule"): "_orig_mod",
+    ("torch", "CheckpointWrapper"): "_checkpoint_wrapped_module",
+    ("torch", "OffloadWrapper"): "_checkpoint_wrapped_module",
+    ("lightning", "_FabricModule"): "_forward_module",
+    ("lightning_fabric", "_FabricModule"): "_forward_module",
+    ("opacus", "GradSampleModule"): "_module",
+    ("deepspeed", "DeepSpeedEngine"): "module",
+}
+
+
+def _wrapped_child(kind: type[nn.Module]) -> str | None:
+    """Name of the child that a class wraps; None if it is no wrapper."""
+    keys = ((base.__module__.partition(".")[0], base.__name__) for base in kind.__mro__)
+    return next((WRAPPERS[key] for key in keys if key in WRAPPERS), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers: modules that hold nothing but ``module`` or ``_orig_mod``."""
+    """The model inside wrappers, which are known by their class."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
-    while True:
-        children = model._modules
-        if len(children) != 1 or model._parameters or model._buffers:
-            return model
-        name, child = next(iter(children.items()))
-        if name not in ("module", "_orig_mod") or child is None:
-            return model
+    while name := _wrapped_child(type(model)):
+        child = model._modules.get(name)
+        if child is None:
+            break
         model = child
+    return model
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
@@ -40,14 +54,17 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
     """
     seen: set[int] = set()
     clean: dict[str, str] = {}  # of each module's path
-    parallel: set[str] = set()
+    inserted: set[str] = set()
+    wrapped: dict[type[nn.Module], str | None] = {}
     for path, module in model.named_modules():
         parent, _, own = path.rpartition(".")
-        inserted = own in _INSERTED or (own == "module" and parent in parallel)
         prefix = clean.get(parent, "")
-        clean[path] = prefix if inserted else f"{prefix}.{own}" if prefix else own
-        if isinstance(module, _PARALLEL):
-            parallel.add(path)
+        clean[path] = prefix if path in inserted else f"{prefix}.{own}" if prefix else own
+        kind = type(module)
+        if kind not in wrapped:
+            wrapped[kind] = _wrapped_child(kind)
+        if child := wrapped[kind]:
+            inserted.add(f"{path}.{child}" if path else child)
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
@@ -64,6 +81,11 @@ class Skeleton:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [weakref.ref(module) for module in model.modules()]
         self._parts = self._look()
+
+    @property
+    def modules(self) -> int:
+        """How many there are."""
+        return len(self._modules)
 
     def stands(self) -> bool:
         """Whether every module still has the same children and parameters."""
@@ -86,21 +108,23 @@ def find_layers(
     options: Options,
     excluded: Collection[int] = (),
     bound: Collection[int] = (),
+    shares: Mapping[int, int] = {},
     check_names: bool = True,
 ) -> Plan:
     """The plan of a model (not a wrapper).
 
     ``excluded`` and ``bound`` hold ids of parameters: those that are not to be amplified, and
-    those that keep their place while they are frozen. ``check_names``: a glob has to match.
+    those that keep their place while they are frozen. ``shares``: ids to numbers of the optimizers
+    that share the model out. ``check_names``: a glob has to match.
 
     Raises ValueError if nothing is trainable, everything is excluded, a glob matches no
     parameter, or a lazy module has not made its parameters yet; TypeError for parameters sharded
-    by the first FSDP.
+    by the first FSDP, and for gradients that are kept in ``main_grad``.
     """
     _prepare_fsdp(model)
     included = _matcher("include", options.include, model, True, check_names)
     left_out = _matcher("exclude", options.exclude, model, False, check_names)
-    members: list[tuple[str, Parameter, str | None]] = []
+    members: list[Member] = []
     watched: list[Parameter] = []
     for name, parameter in named_parameters(model):
         if is_lazy(parameter):
@@ -108,6 +132,12 @@ def find_layers(
         if not parameter.requires_grad and id(parameter) not in bound:
             watched.append(parameter)
             continue
+        if getattr(parameter, "main_grad", None) is not None:
+            raise TypeError(
+                f"parameter {name!r} keeps its gradient in main_grad, as Megatron and Transformer "
+                "Engine do, and what is in .grad means nothing: switch gradient accumulation "
+                "fusion off, or freeze the parameter for the Amplifier"
+            )
         layer: str | None = None
         unwanted = id(parameter) in excluded or left_out(name) or not included(name)
         if not unwanted and not (options.exclude_bias_and_norm and parameter.ndim <= 1):
@@ -115,13 +145,34 @@ def find_layers(
         members.append((name, parameter, layer))
     if not members:
         raise ValueError("the model has no trainable parameter: nothing could be amplified")
-    plan = make_plan(members, watched)
+    plan = make_plan(_shared_out(members, shares), watched)
     if plan.measured == 0:
         raise ValueError(
             "no trainable parameter is left to amplify: include, exclude, exclude_bias_and_norm, "
             'group_by or param_group["amplify"] rule out all of them'
         )
     return plan
+
+
+def _shared_out(members: Sequence[Member], shares: Mapping[int, int]) -> list[Member]:
+    """Each optimizer's share of a layer under a name of its own: ``name``, ``name#2``, ...
+
+    What no optimizer holds goes with the first.
+    """
+    holders: dict[str, set[int]] = {}
+    for _, parameter, layer in members:
+        if layer is not None and id(parameter) in shares:
+            holders.setdefault(layer, set()).add(shares[id(parameter)])
+    rank = {
+        (layer, number): place
+        for layer, numbers in holders.items()
+        for place, number in enumerate(sorted(numbers))
+    }
+    out = []
+    for name, parameter, layer in members:
+        place = rank.get((layer, shares.get(id(parameter), -1)), 0) if layer is not None else 0
+        out.append((name, parameter, f"{layer}#{place + 1}" if place else layer))
+    return out
 
 
 def _prepare_fsdp(model: nn.Module) -> None:

@@ -9,6 +9,9 @@ formulas are not public.
 """
 
 from .decide import (
+    EARLY,
+    LOW,
+    SURGE,
     Standing,
     Sums,
     active_factor,
@@ -18,6 +21,7 @@ from .decide import (
     draws,
     end_round,
     last_decision,
+    multipliers,
     scores,
     step_number,
 )
@@ -38,8 +42,9 @@ from .step import (
 )
 
 __all__ = [
-    "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "Standing", "State", "Sums", "active_factor",
-    "bucket_sums", "chosen_scores", "commit", "decide", "draws", "end_round", "excluded_squares",
-    "finish", "last_decision", "mark_found_inf", "measure", "merge", "moments_of", "multiply",
-    "nonfinite_layers", "product", "scores", "signs", "standing", "step", "step_number", "touched",
+    "EARLY", "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "LOW", "SURGE", "Standing", "State", "Sums",
+    "active_factor", "bucket_sums", "chosen_scores", "commit", "decide", "draws", "end_round",
+    "excluded_squares", "finish", "last_decision", "mark_found_inf", "measure", "merge",
+    "moments_of", "multipliers", "multiply", "nonfinite_layers", "product", "scores", "signs",
+    "standing", "step", "step_number", "touched",
 ]  # fmt: skip

@@ -56,7 +56,8 @@ def end_round(state: State, rules: Rules) -> None:
         number = state.scalar("step") - state.scalar("skipped_steps")
         due = (state.scalar("round_skipped") == 0) & (number % rules.refresh == 0)
         at = state.scalar("step") - 1
-        decide(state, rules, (number / rules.refresh).floor(), at, due=due)
+        factor = active_factor(state, rules, Call(begins_round=False))
+        decide(state, rules, (number / rules.refresh).floor(), at, factor, due=due)
 
 
 # ---- state update -------------------------------------------------------------------
@@ -161,11 +162,18 @@ def threshold(values: Tensor, rules: Rules) -> Tensor:
 
 @torch.no_grad()
 def decide(
-    state: State, rules: Rules, decision: Tensor, step: Tensor, *, due: Tensor | None = None
+    state: State,
+    rules: Rules,
+    decision: Tensor,
+    step: Tensor,
+    factor: Tensor,
+    *,
+    due: Tensor | None = None,
 ) -> None:
-    """Chooses anew, in the step of that number, which layers are amplified.
+    """Chooses anew, in the step of that number, which layers are amplified; with ``due``
+    (bool []), only where it is true.
 
-    With ``due`` (bool []), only where it is true.
+    ``factor``: ``active_factor`` in that step.
     """
     if state.layers.shape[0] == 0:
         return
@@ -181,13 +189,73 @@ def decide(
     changed_at.copy_(torch.where(chosen != selected, step, changed_at))
     selected.copy_(chosen)
     state.scalar("threshold").copy_(tau)
+    if rules.grow:
+        _grow(state, rules, ~values.isnan(), due, factor)
+
+
+# ---- growth -------------------------------------------------------------------------
+
+LOW = 0.1  # of the mean direction: above it the learning rate is low
+SURGE = 4.0  # times the least variance
+EARLY = 5.0  # the least is kept from a layer's step min_steps / EARLY on
+
+
+def _grow(state: State, rules: Rules, eligible: Tensor, due: Tensor | None, factor: Tensor) -> None:
+    """At a decision: layers grow, or settle for good. ``eligible``: bool [layers]."""
+    gated = state.scalar("gated")
+    may = (factor != 1) & (state.scalar("rising") == 0) & eligible.any()
+    if due is not None:
+        may = may & due
+    elements = torch.where(eligible, state.column("member_numel"), 0.0)
+    direction = (elements * state.column("agreement")).sum() / elements.sum()
+    first = gated == 0
+    low = ~first | (direction > LOW)
+
+    own, settled = state.column("factor"), state.column("settled")
+    variance, least = state.column("variance"), state.column("least_variance")
+    free = may & eligible & (settled == 0)
+    grows = low & (state.column("selected") != 0)
+    settles = free & ~grows
+    # What grew last was too much; before the first decision nothing has grown.
+    taken_back = (_grown(state) / torch.where(first, 1.0, factor)).clamp(min=1.0)
+    larger = (own * factor).clamp(max=rules.max_factor)
+    grown = torch.where(free & grows & ~_surging(state), larger, own)
+    own.copy_(torch.where(settles, taken_back, grown))
+    settled.copy_(torch.where(settles, 1.0, settled))
+    least.copy_(torch.where(settles, _positive(variance), least))
+    gated.copy_(torch.where(may, 1.0, gated))
+
+
+def _keep_least(state: State, rules: Rules, present: Tensor) -> None:
+    """After a step: the least variance of each layer. ``present``: bool [layers]."""
+    least = state.column("least_variance")
+    kept = present & (EARLY * state.column("steps") >= rules.min_steps)
+    variance = _positive(state.column("variance"))
+    least.copy_(torch.where(kept, torch.minimum(least, variance), least))
+
+
+def _positive(variance: Tensor) -> Tensor:
+    """Infinity in the place of 0, to which nothing can be compared."""
+    return torch.where(variance > 0, variance, math.inf)
+
+
+def _surging(state: State) -> Tensor:
+    """Whether a layer's gradients are much larger than at their least: bool [layers]."""
+    return state.column("variance") > SURGE * state.column("least_variance")
+
+
+def _grown(state: State) -> Tensor:
+    """What growth came to, less what a surge takes back: fp64 [layers]."""
+    own, variance = state.column("factor"), state.column("variance")
+    brake = (SURGE * state.column("least_variance") / variance).sqrt()
+    return torch.where(_surging(state), (own * brake).clamp(min=1.0), own)
 
 
 # ---- schedule -----------------------------------------------------------------------
 
 
 def active_factor(state: State, rules: Rules, call: Call) -> Tensor:
-    """What selected layers are multiplied by now: fp64 [], 1 outside all windows.
+    """What selected layers are multiplied by now, or grow by: fp64 [], 1 outside all windows.
 
     Where factors compound, as with ``placement="backward"``, no closer to 0 or infinity than
     lets the product over all selected layers stay within ``max_amplification``.
@@ -212,6 +280,16 @@ def _scheduled_factor(state: State, rules: Rules, call: Call) -> Tensor:
     return active
 
 
+def multipliers(state: State, rules: Rules, factor: Tensor) -> Tensor:
+    """What each layer's gradients are multiplied by as the state stands: fp64 [layers].
+
+    ``factor``: ``active_factor`` at the beginning of the step.
+    """
+    if rules.grow:
+        return torch.where(factor != 1, _grown(state), 1.0)
+    return torch.where(state.column("selected") != 0, factor, 1.0)
+
+
 # ---- norm ----------------------------------------------------------------------------
 
 
@@ -219,8 +297,7 @@ def rescale(
     state: State,
     rules: Rules,
     sums: Sums,
-    selected: Tensor,
-    factor: Tensor,
+    multipliers: Tensor,
     excluded: Tensor,
     counted: Tensor,
 ) -> Tensor:
@@ -230,7 +307,6 @@ def rescale(
     what belongs to no layer.
     """
     squares = sums.squares()
-    multipliers = torch.where(selected != 0, factor, 1.0)
     before = squares.sum() + excluded
     after = (multipliers.square() * squares).sum() + excluded
     norm = (before if rules.match_norm else after).sqrt()
@@ -248,8 +324,8 @@ class Standing(NamedTuple):
 
     inverse: Tensor  # what gradients are multiplied by before they count: fp64 []
     skipped: Tensor  # whether ``found_inf`` asks for that: bool []
-    factor: Tensor  # what selected layers are multiplied by: fp64 []
-    selected: Tensor  # fp64 [layers], 0 or 1
+    factor: Tensor  # what selected layers are multiplied by, or grow by: fp64 []
+    multipliers: Tensor  # what each layer's gradients are multiplied by: fp64 [layers]
 
 
 @torch.no_grad()
@@ -268,17 +344,17 @@ def commit(
     skipped on entry does not count, and so does not its round. A layer that lacks a member's
     gradient passes by.
     """
-    factor = before.factor
     counted = sums.finite().all() & ~before.skipped
     present = counted & is_measured(state.column("member_numel"), sums.numel)
-    amplified = present & (state.column("selected") != 0) & (factor != 1)
-    updated = _updated(state.layers, sums, 0 if rules.exact else amplified, rules.decay)
+    amplified = 0 if rules.exact else present & (before.multipliers != 1)
+    updated = _updated(state.layers, sums, amplified, rules.decay)
     state.layers.copy_(torch.where(present[:, None], updated, state.layers))
+    if rules.grow:
+        _keep_least(state, rules, present)
     if measured:
         indices = constant(tuple(map(float, measured)), torch.int64, state.device)
-        layers = constant(
-            tuple(float(plan.slots[i].layer) for i in measured), torch.int64, state.device
-        )
+        own = tuple(float(plan.slots[index].layer) for index in measured)
+        layers = constant(own, torch.int64, state.device)
         row = state.parity[indices]
         state.parity[indices] = torch.where(present[layers], 1 - row, row)
     step = _measured_number(state, call)
@@ -288,9 +364,10 @@ def commit(
     if rules.refresh and call.decides:
         number = step - state.scalar("skipped_steps") + 1
         due = counted & (skipped == 0) & (number % rules.refresh == 0)
-        decide(state, rules, (number / rules.refresh).floor(), step, due=due)
+        decision = (number / rules.refresh).floor()
+        decide(state, rules, decision, step, before.factor, due=due)
     if rules.exact:
-        amplified = present & (state.column("selected") != 0) & (factor != 1)
+        amplified = present & (multipliers(state, rules, before.factor) != 1)
         state.column("amplified_steps").add_(amplified)
     if call.begins_round:
         state.scalar("step").add_(1)

@@ -7,13 +7,16 @@ of the Triton kernels are made of these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..model.members import Members
 from ..model.plan import Plan, Slot
 from ..options import Measure, ScheduleUnit, Select, Threshold
 
@@ -27,6 +30,8 @@ GLOBAL_FIELDS = (
     "unmeasured_steps",  # with placement="backward": calls on top of "step", amplified ones
     "unmeasured_skipped",  # of these
     "round_skipped",  # 1: a call of the round under way, or of the last one, was skipped
+    "gated",  # 0: no decision yet at which anything could grow, since the start or a release
+    "rising",  # 1: the learning rate rises, so nothing grows or settles
 )
 LAYER_FIELDS = (
     "steps",  # k
@@ -40,6 +45,9 @@ LAYER_FIELDS = (
     "amplified_steps",  # counted steps on which the layer was multiplied
     "changed_at",  # step number at which "selected" last changed
     "member_numel",  # elements of its members; 0: those of the first step that is measured
+    "factor",  # what growth came to: a
+    "settled",  # 0 or 1: it grows no more
+    "least_variance",  # V_min; infinite before there is one
 )
 # A kernel is told a value by its place here.
 ENUMS: dict[str, tuple[str, ...]] = {
@@ -49,6 +57,8 @@ ENUMS: dict[str, tuple[str, ...]] = {
     "schedule_unit": get_args(ScheduleUnit),
 }
 _AVERAGES = LAYER_FIELDS[: LAYER_FIELDS.index("selected")]
+# What a layer begins with, where that is not 0.
+FIRST = {"factor": 1.0, "least_variance": math.inf}
 
 
 class State:
@@ -58,14 +68,17 @@ class State:
         values: fp64 [globals + layers x fields]: the globals, then each layer's fields.
         sketch: fp32 [2, buckets]: running means of the buckets, double-buffered.
         parity: int32 [measured tensors]: the row of ``sketch`` that holds a tensor's means.
+        members: what the host knows of the layers' members.
     """
 
     def __init__(self, plan: Plan, factor: float, device: torch.device) -> None:
         self.factor = factor
+        self.members = Members(plan)
         numbers = len(GLOBAL_FIELDS) + len(LAYER_FIELDS) * len(plan.layers)
-        self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
-        self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
-        self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # what is made under it could not be written outside
+            self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
+            self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
+            self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
         self.reset()
 
     @property
@@ -95,15 +108,42 @@ class State:
         """Back to before the first step."""
         for tensor in (self.values, self.sketch, self.parity):
             tensor.zero_()
+        self.members.clear()
         self.scalar("epoch").fill_(-1.0)
         self.scalar("threshold").fill_(float("nan"))
         self.scalar("factor").fill_(self.factor)
+        for name, value in FIRST.items():
+            self.column(name).fill_(value)
 
     def restart(self) -> None:
-        """Averages and sketches begin anew; the selection and the counters stand."""
+        """Averages and sketches begin anew; the selection, factors and the counters stand."""
         for name in _AVERAGES:
             self.column(name).zero_()
+        self.column("least_variance").fill_(FIRST["least_variance"])
         self.sketch.zero_()
+
+    def begin_anew(self, plan: Plan, layers: Sequence[int]) -> None:
+        """These layers are as before their first step, with the members that they have now."""
+        if layers and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the step to be captured is the first in which other parameters than before have a "
+                "gradient, or have it in another memory format: take one such step eagerly first"
+            )
+        for layer in layers:
+            row = self.layers[layer]
+            row.zero_()
+            first = {**FIRST, "member_numel": self.members.numel(plan, layer)}
+            for name, value in first.items():
+                row[LAYER_FIELDS.index(name)].fill_(value)
+            for index in plan.slots_of[layer]:
+                slot = plan.slots[index]
+                self.sketch[:, slot.first_bucket :][:, : slot.buckets].zero_()
+
+    def release(self) -> None:
+        """Every layer may grow again, from where it is, after a new look at the whole model."""
+        self.scalar("gated").zero_()
+        self.column("settled").zero_()
+        self.column("least_variance").fill_(FIRST["least_variance"])
 
     def means(self, plan: Plan, device: torch.device | None = None) -> dict[str, Tensor]:
         """Each measured tensor's running means by parameter name: views of one copy, on `device`.
@@ -129,12 +169,12 @@ class State:
     def inherit(self, plan: Plan, old: State, old_plan: Plan) -> None:
         """Takes over what another plan's state knows of this plan's layers, by name.
 
-        A tensor whose size changed, or how it is cut, makes its layer begin anew.
+        A layer that lost a member, or one whose member has another size or is cut in another way,
+        begins anew.
         """
         self.values[: len(GLOBAL_FIELDS)] = old.values[: len(GLOBAL_FIELDS)]
-        before = {slot.name: slot for slot in old_plan.slots[: old_plan.measured]}
         measured = plan.slots[: plan.measured]
-        changed = {s.layer for s in measured if not s.is_like(before.get(s.name, s))}
+        changed = self._inherit_members(plan, old, old_plan)
         rows = {name: index for index, name in enumerate(old_plan.layers)}
         kept = [i for i, name in enumerate(plan.layers) if name in rows and i not in changed]
         theirs = [rows[plan.layers[index]] for index in kept]
@@ -142,8 +182,27 @@ class State:
         means = old.means(old_plan, self.device)
         self.take_means(
             plan,
-            {s.name: means[s.name] for s in measured if s.name in means and s.layer not in changed},
+            {s.name: means[s.name] for s in measured if s.name in means and s.layer in kept},
         )
+        self.begin_anew(plan, sorted(changed))
+
+    def _inherit_members(self, plan: Plan, old: State, old_plan: Plan) -> set[int]:
+        """Takes over who is a member of which layer; the layers that lost one."""
+        before = {slot.name: i for i, slot in enumerate(old_plan.slots[: old_plan.measured])}
+        left = Counter(
+            old_plan.layers[slot.layer]
+            for slot, flag in zip(old_plan.slots, old.members.flags, strict=False)
+            if flag
+        )
+        for index, slot in enumerate(plan.slots[: plan.measured]):
+            was = before.get(slot.name)
+            if was is None or not old.members.flags[was]:
+                continue
+            there, layer = old_plan.slots[was], plan.layers[slot.layer]
+            if slot.is_like(there) and layer == old_plan.layers[there.layer]:
+                self.members.set(index, old.members.orders[was])
+                left[layer] -= 1
+        return {index for index, name in enumerate(plan.layers) if left[name] > 0}
 
 
 def _parts(plan: Plan, row: Tensor) -> Iterator[tuple[Slot, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..call import Call
 from ..model.plan import Plan
 from ..options import Rules
-from .decide import Standing, Sums, active_factor, commit, rescale
+from .decide import Standing, Sums, active_factor, commit, multipliers, rescale
 from .moments import constant, merge, moments_of, total
 from .sketch import bucket_sums
 from .state import State
@@ -20,11 +20,12 @@ def standing(state: State, rules: Rules, call: Call) -> Standing:
     """Copies, which the step does not change."""
     one = torch.ones_like(state.scalar("factor"))
     scale, found_inf = call.grad_scale, call.found_inf
+    factor = active_factor(state, rules, call).clone()
     return Standing(
         one if scale is None else scale.double().reciprocal().float().double().reshape(()),
         one == 0 if found_inf is None else found_inf.reshape(()) != 0,
-        active_factor(state, rules, call).clone(),
-        state.column("selected").clone(),
+        factor,
+        multipliers(state, rules, factor),
     )
 
 
@@ -149,13 +150,11 @@ def finish(
     ``excluded``: sum of squares of what belongs to no layer, where the norm is needed.
     """
     counted = commit(plan, state, rules, sums, touched(plan, gradients), before, call)
-    selected = state.column("selected") if rules.exact else before.selected
+    own = multipliers(state, rules, before.factor) if rules.exact else before.multipliers
     coefficient = before.inverse if call.unscale else torch.ones_like(before.inverse)
     if rules.needs_norm:
-        coefficient = coefficient * rescale(
-            state, rules, sums, selected, before.factor, excluded, counted
-        )
-    multiply(plan, gradients, selected, before.factor, coefficient, counted)
+        coefficient = coefficient * rescale(state, rules, sums, own, excluded, counted)
+    multiply(plan, gradients, own, coefficient, counted)
     mark_found_inf(call.found_inf, counted)
 
 
@@ -163,16 +162,14 @@ def finish(
 def multiply(
     plan: Plan,
     gradients: Sequence[Tensor | None],
-    selected: Tensor,
-    factor: Tensor,
+    of_layers: Tensor,
     coefficient: Tensor,
     counted: Tensor,
 ) -> None:
-    """Selected layers' gradients by factor and coefficient, the others by the coefficient."""
-    multipliers = torch.where(selected != 0, factor, 1.0)
+    """Gradients by what multiplies their layer, if they have one, and by the coefficient."""
     for slot, gradient in zip(plan.slots, gradients, strict=True):
         if gradient is not None:
-            own = multipliers[slot.layer] * coefficient if slot.layer >= 0 else coefficient
+            own = of_layers[slot.layer] * coefficient if slot.layer >= 0 else coefficient
             _multiply(gradient, torch.where(counted, own, 1.0))
 
 

@@ -54,12 +54,15 @@ def log_scalars(report: Numbers, writer: ScalarWriter, step: int) -> None:
         )
     scalars: dict[str, float] = {
         "threshold": report.threshold,
+        "direction": report.direction,
         "amplified_layers": sum(layer.selected for layer in report.layers),
         "skipped_steps": report.skipped_steps,
     }
     for layer in report.layers:
         name = layer.name or "(root)"
         scalars |= {f"{name}/{metric}": getattr(layer, metric) for metric in _SCALARS}
+        if report.grow:
+            scalars[f"{name}/settled"] = layer.settled
     for tag, value in scalars.items():
         if math.isfinite(value):
             writer.add_scalar(f"gradamp/{tag}", value, step)
@@ -70,8 +73,8 @@ def _write_csv(reports: Sequence[Numbers], path: Path) -> None:
     for report in reports:
         own = asdict(report)
         layers = own.pop("layers")
-        # A layer has a column "steps", too: the steps that its averages cover.
-        shared = {"run_steps" if name == "steps" else name: value for name, value in own.items()}
+        # A layer has columns "steps" and "direction", too: its own.
+        shared = {f"run_{n}" if n in ("steps", "direction") else n: v for n, v in own.items()}
         rows += [shared | layer for layer in layers]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])

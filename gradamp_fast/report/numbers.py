@@ -21,6 +21,7 @@ class LayerReport:
         score: the chosen measure's value now.
         selected: the decision taken last.
         factor: what its gradients are multiplied by now; 1 outside all windows of the schedule.
+        settled: with ``grow=True``, whether it grows no more; else False.
         amplified_steps: counted steps on which they were.
         amplified_share: the same as a share of all counted steps; 0 before the first.
         changed_at: step number at which ``selected`` last changed.
@@ -37,6 +38,7 @@ class LayerReport:
     score: float
     selected: bool
     factor: float
+    settled: bool
     amplified_steps: int
     amplified_share: float
     changed_at: int
@@ -49,8 +51,10 @@ class Numbers:
 
     layers: tuple[LayerReport, ...]
     threshold: float
+    direction: float
     steps: int
     skipped_steps: int
     epoch: int | None
     measure: Measure
     select: Select
+    grow: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
@@ -25,9 +25,11 @@ class Report(Numbers):
 
     Attributes:
         threshold: that of the last decision; NaN before the first.
+        direction: mean of the layers' directions, weighted by elements: above 0.1 the learning
+            rate is low. NaN before the second step.
         steps: steps so far, skipped ones included.
         epoch: as ``set_epoch`` told it last; None if it never did.
-        measure, select: the options that the decision follows.
+        measure, select, grow: the options that the decision follows.
     """
 
     def __str__(self) -> str:
@@ -48,7 +50,7 @@ class Report(Numbers):
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A state's numbers on the host, and what it takes to read them: 80 bytes a layer."""
+    """A state's numbers on the host, and what it takes to read them: 112 bytes a layer."""
 
     layers: tuple[str, ...]
     layer_numel: tuple[int, ...]
@@ -75,7 +77,8 @@ def make_report(snapshot: Snapshot) -> Report:
             reference.chosen_scores(state, rules, reference.last_decision(state, rules)),
         )
     )
-    factor = float(reference.active_factor(state, rules, Call()))
+    factor = reference.active_factor(state, rules, Call())
+    multipliers = reference.multipliers(state, rules, factor).tolist()
     rows = state.layers.tolist()
     layers = []
     for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
@@ -94,7 +97,8 @@ def make_report(snapshot: Snapshot) -> Report:
                 direction=-direction[index],
                 score=score[index],
                 selected=selected,
-                factor=factor if selected else 1.0,
+                factor=multipliers[index],
+                settled=row["settled"] != 0,
                 amplified_steps=int(row["amplified_steps"]),
                 amplified_share=row["amplified_steps"] / (step - skipped)
                 if step > skipped
@@ -106,9 +110,19 @@ def make_report(snapshot: Snapshot) -> Report:
     return Report(
         layers=tuple(layers),
         threshold=values["threshold"],
+        direction=_mean_direction(layers),
         steps=step,
         skipped_steps=skipped,
         epoch=int(values["epoch"]) if values["epoch"] >= 0 else None,
         measure=rules.measure,
         select=rules.select,
+        grow=rules.grow,
     )
+
+
+def _mean_direction(layers: Sequence[LayerReport]) -> float:
+    measured = [layer for layer in layers if math.isfinite(layer.direction)]
+    elements = sum(layer.numel for layer in measured)
+    if elements == 0:
+        return math.nan
+    return sum(layer.numel * layer.direction for layer in measured) / elements

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..reference import LOW
 from .numbers import LayerReport, Numbers
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def columns(report: Numbers) -> list[Column]:
     """The layers' names, then everything else, right-aligned."""
 
     def amplified(layer: LayerReport) -> str:
+        if report.grow:
+            return f"x{layer.factor:.3g}"
         return f"x{layer.factor:g}" if layer.selected else "off"
 
     def since(layer: LayerReport) -> str:
@@ -51,19 +54,35 @@ def columns(report: Numbers) -> list[Column]:
         Column("score", [f"{x.score:+.3f}" for x in layers]),
         Column("threshold", [f"{report.threshold:+.3f}"] * len(layers)),
         Column("ampli- fied", [amplified(x) for x in layers]),
+        *([Column("set- tled", ["yes" if x.settled else "no" for x in layers])] * report.grow),
         Column("share of steps", [f"{x.amplified_share:.0%}" for x in layers]),
         Column("since change", [since(x) for x in layers]),
     ]
 
 
 def caption(report: Numbers) -> str:
-    """The decision, and how many steps the table covers."""
+    """The decision, how many steps the table covers, and what the directions say."""
     selected = sum(layer.selected for layer in report.layers)
     decision = "no decision yet"
     if not math.isnan(report.threshold):
         rule = f"{report.measure} {report.select} {report.threshold:.4g}"
         decision = f"{selected} of {len(report.layers)} layers selected: {rule}"
-    return f"{decision}; {report.steps:,} steps, {report.skipped_steps:,} skipped"
+    if report.grow:
+        settled = sum(layer.settled for layer in report.layers)
+        decision += f"; {settled} of {len(report.layers)} settled"
+    steps = f"{decision}; {report.steps:,} steps, {report.skipped_steps:,} skipped"
+    return "\n".join([steps, *thermometer(report)])
+
+
+def thermometer(report: Numbers) -> list[str]:
+    """What the mean direction says of the learning rate; nothing before the second step."""
+    direction = report.direction
+    if math.isnan(direction):
+        return []
+    if direction > LOW:
+        return [f"gradients agree (direction {direction:+.2f}): the learning rate is low"]
+    trend = "gradients turn back" if direction < -LOW else "no trend"
+    return [f"{trend} (direction {direction:+.2f})"]
 
 
 def plain(report: Numbers) -> str:

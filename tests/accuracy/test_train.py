@@ -217,24 +217,24 @@ def test_the_demonstration_ends_with_three_lines_and_a_picture(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(demo, "load", lambda name: fake)
-    monkeypatch.setattr(demo, "RECIPE", RECIPE)
+    monkeypatch.setattr(demo, "TUNED", RECIPE)
     threads = torch.get_num_threads()
     picture = tmp_path / "new folder" / "demo.png"
     try:
-        demo.main(["--epochs=3", f"--out={picture}"])
+        demo.main(["--epochs=5", f"--out={picture}"])
         first = capsys.readouterr().out
         demo.main(["--epochs=1", f"--out={picture}", "--full"])
         full = capsys.readouterr().out
     finally:
         torch.set_num_threads(threads)
     assert picture.stat().st_size > 10_000
-    accuracy, amplified, fluctuation, path = first.partition("\n\n")[2].splitlines()
-    assert accuracy.startswith("Accuracy on 128 test images: ")
+    accuracy, factors, direction, path = first.partition("\n\n")[2].splitlines()
+    assert accuracy.startswith("Accuracy on 128 test images at learning rate 0.0005: ")
     assert re.fullmatch(
-        r"Amplified by 2 at the end: [1-4] of 5 layers with \d+% .*: \d.*", amplified
+        r"Factors grew to between \d.* and \d.*; [0-5] of 5 layers have settled", factors
     )
-    assert fluctuation.endswith("were chosen")
+    assert direction.endswith("above 0.10 the learning rate is low")
     assert path.endswith(f": {picture}")
     assert "Layers at the end" not in first
     assert "Layers at the end" in full
-    assert "Amplified by 2 at the end: 0 of 5" in full  # 16 steps, and no decision before the 20th
+    assert "Factors grew to between 1 (" in full  # 16 steps, and no decision before the 50th

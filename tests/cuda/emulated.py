@@ -24,7 +24,7 @@ from gradamp_fast.reference.state import State
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 ORDER = ("measure", "threshold", "threshold_value", "select", "exact", "match_norm", "max_norm")
-ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed")
+ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed", "grow", "max_factor")
 
 # Assembly, and shared memory whose size the launch says, in what the host's compiler takes. The
 # memory orders are those that stand in the assembly.
@@ -108,8 +108,8 @@ class EmulatedBackend(Measuring):
     log: ClassVar[list[str]] = []  # what the last step asked of the runtime
 
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
-        self.reader = GradientReader(plan, state.device)
-        self.state = state
+        self.reader = GradientReader(plan, state.device, state.members, rules.needs_norm)
+        self.plan, self.state = plan, state
         numbers: dict[str, Any] = for_kernel(rules)
         values = [float(numbers[name]) for name in ORDER] + [float(len(numbers["windows"]))]
         windows = [number for window in numbers["windows"] for number in window]
@@ -146,8 +146,9 @@ class EmulatedBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        self.state.begin_anew(self.plan, self.reader.anew)
         self.launch(gradients, call, None)
-        self.reader.write_back()
+        self.reader.write_back(call)
         return Outcome.DONE
 
     def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:

@@ -109,7 +109,9 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
   c.refresh = static_cast<int64_t>(options[9]);
   c.schedule = static_cast<ScheduleUnit>(options[10]);
   c.seed = static_cast<uint32_t>(options[11]);
-  c.num_windows = static_cast<int32_t>(options[12]);
+  c.grow = options[12] != 0.0;
+  c.max_factor = options[13];
+  c.num_windows = static_cast<int32_t>(options[14]);
   std::vector<Window> all;
   for (int i = 0; i < c.num_windows; ++i)
     all.push_back({windows[3 * i], windows[3 * i + 1], windows[3 * i + 2]});

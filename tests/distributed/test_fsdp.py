@@ -61,6 +61,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"max_norm": 0.5, "timing": "exact", "measure": "variance", "exclude": ["head.*", "wide.bias"]},
     {"threshold": "quantile", "decay": None, "max_norm": 3.0, "exclude_bias_and_norm": True},
 ]
+GROWING: list[dict[str, Any]] = [
+    {"grow": True, "refresh": 1},
+    {"grow": True, "refresh": 1, "max_norm": 3.0, "exclude": ["wide.bias"], "timing": "exact"},
+]
 
 Cut = Mapping[str, tuple[DeviceMesh, list[Placement]] | None]
 
@@ -203,9 +207,19 @@ def same_report(expected: Report, actual: Report) -> None:
     assert (actual.steps, actual.skipped_steps) == (expected.steps, expected.skipped_steps)
     assert close(actual.threshold, expected.threshold, BASE.score, 1.0)
     for one, other in zip(expected.layers, actual.layers, strict=True):
-        for field in ("name", "numel", "steps", "selected", "amplified_steps", "changed_at"):
+        for field in (
+            "name",
+            "numel",
+            "steps",
+            "selected",
+            "settled",
+            "amplified_steps",
+            "changed_at",
+        ):
             assert getattr(other, field) == getattr(one, field), (field, one, other)
-        assert close(other.variance, one.variance, BASE.variance), (one, other)
+        for field in ("variance", "factor"):
+            pair = getattr(other, field), getattr(one, field)
+            assert close(*pair, BASE.variance), (field, one, other)
         for field in ("fluctuation", "direction", "score"):
             pair = getattr(other, field), getattr(one, field)
             assert close(*pair, BASE.score, 1.0), (field, one, other)
@@ -234,6 +248,29 @@ def all_placements(rank: int) -> None:
                 pair.step(lacking=("middle.weight", "middle.bias") if step == 3 else ())
             selected = [row.selected for row in pair.amplifiers[1].report().layers]
             assert 0 < sum(selected) < len(selected), options
+
+
+class Agreeing(Stream):
+    """Gradients that agree from step to step, but for the head's."""
+
+    def next(self) -> dict[str, Tensor]:
+        return {
+            name: ((not name.startswith("head")) * base + 0.3 * self.draw(p)).to(p.dtype)
+            for (name, p), base in zip(self.parameters.items(), self.base.values(), strict=True)
+        }
+
+
+def growing(rank: int) -> None:
+    """The whole model is asked, and layers grow and settle alike in all processes."""
+    line, square = meshes()
+    for options in GROWING:
+        pair = Pair(mixture(line, square), "cpu", **options)
+        pair.stream = Agreeing(pair.models[0])
+        for _ in range(5):
+            pair.step()
+        layers = {row.name: row for row in pair.amplifiers[1].report().layers}
+        assert layers["wide"].factor > 2.0
+        assert layers["head"].settled
 
 
 def half_of_the_processes(rank: int) -> None:
@@ -427,8 +464,8 @@ def advance(
 
 
 CHECKS: tuple[Callable[..., None], ...] = (
-    all_placements, half_of_the_processes, scaled, nonfinite, asynchronous, resumed, not_seamless,
-    stored_by_dcp,
+    all_placements, growing, half_of_the_processes, scaled, nonfinite, asynchronous, resumed,
+    not_seamless, stored_by_dcp,
 )  # fmt: skip
 
 

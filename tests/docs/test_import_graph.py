@@ -12,7 +12,7 @@ PACKAGE = Path(gradamp_fast.__file__).parent
 # From the ground up: what stands in a line imports from lines above it alone, and a file in a
 # folder from that folder too. Names are files without their ending, or folders with all they hold.
 FLOORS = (
-    "_version _checks _extension call optimizer_scale",
+    "_version _checks _extension call learning_rates optimizer_scale",
     "schedule",
     "options",
     "model",

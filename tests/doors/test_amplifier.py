@@ -273,7 +273,8 @@ def test_factor_may_be_assigned(place: Place) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, math.nan, math.inf])
 def test_factor_is_checked_when_assigned(value: float) -> None:
-    amplifier = Amplifier(ready())
+    model = ready()
+    amplifier = Amplifier(model)
     for _ in range(2):  # before the state exists, and after
         with pytest.raises(ValueError, match="factor"):
             amplifier.factor = value
@@ -349,12 +350,14 @@ def test_a_backend_that_cannot_run_says_why() -> None:
 
 def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADAMP_BACKEND", "nonsense")
+    model = ready()
     with pytest.raises(ValueError, match="GRADAMP_BACKEND"):
-        Amplifier(ready()).step()
-    Amplifier(ready(), backend="torch").step()
+        Amplifier(model).step()
+    Amplifier(model, backend="torch").step()
 
 
 def test_step_takes_keywords_as_written() -> None:
-    amplifier = Amplifier(ready())
+    model = ready()
+    amplifier = Amplifier(model)
     amplifier.step(grad_scale=None, found_inf=None, unscale=True)
     assert amplifier.report().steps == 1

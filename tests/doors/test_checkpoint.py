@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cases import PLACES, SHAPES, Place, Stream, bare, flat, put, same_bits, why_not
+from cases import PLACES, SHAPES, Place, Stream, bare, flat, put, same_bits, same_state, why_not
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -31,20 +31,6 @@ def stored(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    left, right = flat(a), flat(b)
-    if left.keys() != right.keys():
-        return False
-    for key, x in left.items():
-        y = right[key]
-        if isinstance(x, torch.Tensor):
-            if x.shape != y.shape or not torch.equal(x.nan_to_num(7.5), y.nan_to_num(7.5)):
-                return False
-        elif x != y and not (x != x and y != y):
-            return False
-    return True
 
 
 @pytest.mark.parametrize("timing", ["lagged", "exact"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -367,9 +365,3 @@ def test_its_state_dict_is_torchs() -> None:
     assert setting.scaler.state_dict() == plain.state_dict()
     setting.scaler.load_state_dict({**plain.state_dict(), "scale": 2.0})
     assert setting.scaler.get_scale() == 2.0
-
-
-@pytest.mark.parametrize("do", [copy.deepcopy, pickle.dumps])
-def test_it_is_copied_by_its_state_dict(do: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match="state_dict"):
-        do(Setting().scaler)

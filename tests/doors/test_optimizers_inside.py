@@ -158,7 +158,7 @@ def test_the_inner_optimizer_is_found(place: Place, name: str) -> None:
 def test_main_grad_is_refused_by_name(place: Place, door: str, gradient: str) -> None:
     """Megatron's and Transformer Engine's accumulated gradients, whose ``.grad`` means nothing."""
     model = network(place.device)
-    optimizer = sgd(model.parameters())
+    optimizer = sgd(model.parameters(), lr=0.1)
     amplifier = place.amplifier(model, **ALWAYS)
     if door == "attach":
         amplifier.attach(optimizer)

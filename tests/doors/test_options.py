@@ -16,6 +16,8 @@ from gradamp_fast import Amplifier, Schedule
 from gradamp_fast.options import Options
 
 DEFAULTS = {
+    "grow": False,
+    "max_factor": None,
     "factor": 2.0,
     "measure": "fluctuation",
     "threshold": "mean",
@@ -38,9 +40,32 @@ DEFAULTS = {
 }
 
 
-def test_defaults() -> None:
-    options = Options()
-    assert {name: getattr(options, name) for name in DEFAULTS} == DEFAULTS
+GROWING = {
+    "grow": True,
+    "factor": 1.4,
+    "measure": "direction",
+    "threshold": 0.0,
+    "decay": 0.9,
+    "min_steps": 50,
+    "refresh": 10,
+}
+
+
+@pytest.mark.parametrize("expected", [DEFAULTS, DEFAULTS | GROWING], ids=["fixed", "growing"])
+def test_defaults(expected: dict[str, Any]) -> None:
+    options = Options(grow=expected["grow"])
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert Amplifier(bare({"a.w": (3,)}), grow=expected["grow"]).options == options
+
+
+def test_what_is_given_is_not_a_default() -> None:
+    """Whichever way it grows, an option that has the other one's default keeps it."""
+    names = [name for name in GROWING if name != "grow"]
+    given = {name: DEFAULTS[name] for name in names}
+    options = Options(grow=True, **given)
+    assert {name: getattr(options, name) for name in names} == given
+    assert options.rules().max_factor == 1024.0
+    assert Options(grow=True, max_factor=4).rules().max_factor == 4.0
 
 
 def test_options_are_frozen() -> None:
@@ -97,6 +122,19 @@ def test_options_are_frozen() -> None:
         ({"max_norm": math.nan}, ("max_norm", "nan")),
         ({"group_by": "modul"}, ("group_by", "modul", "module", "tensor")),
         ({"backend": "cudda"}, ("backend", "cudda", "cuda", "triton")),
+        ({"grow": 1}, ("grow", "1", "True or False")),
+        ({"grow": True, "factor": 1.0}, ("factor", "1.0", "nothing would grow")),
+        ({"grow": True, "factor": 0.5}, ("factor", "0.5", "nothing would grow")),
+        ({"grow": True, "match_norm": True}, ("match_norm", "grow=True", "takes back")),
+        ({"grow": True, "placement": "backward"}, ("placement", "grow=True", "compound")),
+        ({"grow": True, "measure": "random"}, ("measure", "grow=True", "agree")),
+        (
+            {"grow": True, "schedule": Schedule([(0, 3), (5, 9, 0.5)])},
+            ("schedule", "(5, 9, 0.5)", "grow=True"),
+        ),
+        ({"grow": True, "max_factor": 1.0}, ("max_factor", "1.0")),
+        ({"grow": True, "max_factor": math.inf}, ("max_factor", "inf")),
+        ({"max_factor": 4.0}, ("max_factor", "4.0", "grow=True")),
         ({"facter": 2.0}, ("facter", "factor")),
         ({"min_step": 2}, ("min_step", "min_steps")),
         ({"schedule": [(0, 3)]}, ("schedule", "Schedule")),
@@ -127,6 +165,8 @@ def test_out_of_range(given: dict[str, Any], words: tuple[str, ...]) -> None:
         {"max_norm": 1e-3},
         {"group_by": "tensor"},
         {"schedule": Schedule([(0, 3), (5, 9, 4.0)], unit="step")},
+        {"grow": True},
+        {"grow": True, "max_factor": 8, "factor": 2.0, "decay": None, "refresh": "epoch"},
         {"include": ["a*"]},
         {"include": "a*", "exclude": "b*"},
         {},

@@ -35,6 +35,7 @@ def made_up_history(layers: int, epochs: int, by_epoch: bool = True) -> list[Rep
             score=0.0,
             selected=layer % 2 == 1,
             factor=2.0 if layer % 2 else 1.0,
+            settled=False,
             amplified_steps=10 * epoch * (layer % 2),
             amplified_share=0.5 * (layer % 2),
             changed_at=20,
@@ -45,11 +46,13 @@ def made_up_history(layers: int, epochs: int, by_epoch: bool = True) -> list[Rep
         Report(
             layers=tuple(made_up(layer, epoch) for layer in range(layers)),
             threshold=0.0,
+            direction=0.1,
             steps=20 * (epoch + 1),
             skipped_steps=0,
             epoch=epoch + 3 if by_epoch else None,
             measure="fluctuation",
             select="below",
+            grow=False,
         )
         for epoch in range(epochs)
     ]

@@ -103,8 +103,9 @@ def test_the_summary_is_plain_text_without_a_terminal(copies: list[int]) -> None
         assert word in lines[0]
     for layer in amplifier.report().layers:
         assert any(line.startswith(layer.name or "(root)") for line in lines)
-    assert "6 steps, 0 skipped" in lines[-1]
-    assert "fluctuation below" in lines[-1]
+    assert "6 steps, 0 skipped" in lines[-2]
+    assert "fluctuation below" in lines[-2]
+    assert "gradients agree" in lines[-1]
 
 
 def test_the_summary_before_any_decision() -> None:

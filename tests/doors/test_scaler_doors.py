@@ -137,6 +137,7 @@ def test_a_deep_copy_scales_for_the_same_amplifier(place: Place) -> None:
     setting.scaler = copy.deepcopy(setting.scaler)
     assert setting.scaler.amplifier is setting.amplifier
     assert setting.scaler.get_scale() == SCALE
+    setting.scaler.scale(torch.ones((), device=place.device))  # makes the scale, as in torch's
     assert setting.step() == 2.0
 
 

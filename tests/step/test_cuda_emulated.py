@@ -14,6 +14,8 @@ import torch
 from cases import COMPLEX, REALS, SHAPES, Place, Stream, Twin, bare, digest, same_bits
 from cuda.emulated import EmulatedBackend
 from parts import CUTS, check_left_alone, check_parts
+from test_grow import GROW, WAYS, Course
+from test_grow import SHAPES as COURSE
 
 from gradamp_fast import backends
 
@@ -27,6 +29,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"measure": "random", "seed": 2**32 - 1, "threshold": "quantile"},
     {"threshold": "quantile", "decay": None, "group_by": "tensor", "max_norm": 3.0},
     {"windows": [(1, 3, 0.5), (4, 6)], "unit": "step", "threshold": 0.2},
+    {
+        "grow": True,
+        "factor": 1.5,
+        "measure": "direction",
+        "threshold": -0.3,
+        "refresh": 1,
+        "decay": 0.9,
+    },
 ]
 
 
@@ -59,6 +69,18 @@ def test_against_the_oracle(emulated: Any, options: dict, dtype: Any) -> None:
     for seed in range(4):
         emulated.seed = seed
         twin.step(stream.next())
+
+
+@pytest.mark.parametrize("timing", ["lagged", "exact"])
+def test_growth(emulated: Any, timing: str) -> None:
+    """To the greatest factor, until it settles, and through a surge."""
+    model = bare(COURSE)
+    twin, course = Twin(model, HERE, max_factor=8.0, timing=timing, **GROW), Course(model, WAYS)
+    for emulated.seed in range(34):
+        twin.step(course.next())
+    layers = {layer.name: layer for layer in twin.amplifier.report().layers}
+    assert layers["a"].factor == 8.0
+    assert layers["b"].settled
 
 
 @pytest.mark.parametrize("options", SETTINGS[:4], ids=str)

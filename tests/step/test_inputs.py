@@ -68,7 +68,7 @@ def test_refused_in_an_excluded_parameter_too(place: Place) -> None:
     model = bare(SHAPES, device=place.device)
     amplifier = place.amplifier(model, exclude=["z.*"], **QUICK)
     gradients = Stream(model).next()
-    gradients["z.w"] = sparse(gradients["z.w"])
+    gradients["z.w"] = expanded(gradients["z.w"])
     put(model, gradients)
     with pytest.raises((TypeError, ValueError), match=r"z\.w"):
         amplifier.step()

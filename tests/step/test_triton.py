@@ -87,6 +87,22 @@ def run_twin(options: dict[str, Any], steps: int, **model: Any) -> Twin:
         {"timing": "exact", "measure": "direction", "threshold": "quantile"},
         {"measure": "variance", "decay": None, "select": "above", "group_by": "tensor"},
         {"windows": [(1, 3, 0.7), (3, 9)], "unit": "step", "threshold": "std", "num_std": 0.2},
+        {
+            "grow": True,
+            "factor": 1.5,
+            "measure": "direction",
+            "threshold": 0.0,
+            "decay": 0.5,
+            "refresh": 1,
+        },
+        {
+            "grow": True,
+            "factor": 1.5,
+            "measure": "direction",
+            "threshold": -0.3,
+            "timing": "exact",
+            "refresh": 1,
+        },
     ],
     ids=str,
 )
@@ -254,6 +270,7 @@ RULES: list[dict[str, Any]] = [
     {"threshold": "quantile", "quantile": 0.99, "measure": "variance", "select": "above"},
     {"threshold": -0.1},
     {"threshold": "quantile", "quantile": 0.3, "measure": "random", "seed": 2**32 - 1},
+    {"grow": True, "factor": 1.3, "max_factor": 1.1},
 ]
 
 
@@ -278,7 +295,11 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         )
         rows[layers // 2, columns.MEAN_POWER.value] = 0.0  # a score of infinity
         rows[:, columns.SELECTED.value] = torch.rand(layers, generator=generator).lt(0.5).double()
+        rows[:, columns.AGREEMENT.value] -= 0.25
+        rows[:, columns.SETTLED.value] = torch.rand(layers, generator=generator).lt(0.3).double()
+        rows[:, columns.LEAST_VARIANCE.value] /= 4
         for state in (expected, actual):
+            state.scalar("gated").fill_(eligible > 0.5)
             state.layers.copy_(rows)
             state.scalar("step").fill_(17.0)
         reference.decide(expected, options.rules(), torch.tensor(5.0), torch.tensor(17.0))

@@ -33,7 +33,7 @@ class TritonBackend(Backend):
         from .addresses import GradientAddresses
         from .launch import Launcher
 
-        self.device = state.device
+        self.plan, self.state, self.device = plan, state, state.device
         on_gpu = self.device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -41,7 +41,7 @@ class TritonBackend(Backend):
                 "call amplifier.prepare() or take one step first"
             )
         with torch.cuda.device(self.device if on_gpu else -1):
-            self.addresses = GradientAddresses(plan, self.device)
+            self.addresses = GradientAddresses(plan, state, rules.needs_norm)
             self.launcher = Launcher(plan, state, rules)
             self.launcher.load(self.addresses.dtypes)
 
@@ -49,12 +49,13 @@ class TritonBackend(Backend):
         outcome = self.addresses.read(call)
         if outcome is not Outcome.DONE:
             return outcome
+        self.state.begin_anew(self.plan, self.addresses.reader.anew)
         if self.launcher.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 self.launcher(self.addresses.dtypes, self.addresses.words, call)
         else:
             self.launcher(self.addresses.dtypes, self.addresses.words, call)
-        self.addresses.written(call.found_inf)
+        self.addresses.written(call)
         return Outcome.DONE
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from ...call import Call, Outcome
 from ...model.gradients import DTYPES, GradientReader
 from ...model.plan import Plan
+from ...reference.state import State
 from .columns import DTYPE_SHIFT
 
 # The kernel's codes for dtypes are their places in DTYPES.
@@ -34,8 +35,9 @@ class GradientAddresses:
     is not looked at again: that takes far longer than the launch.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        self.reader = GradientReader(plan, device)
+    def __init__(self, plan: Plan, state: State, needs_norm: bool) -> None:
+        self.plan, self.members, device = plan, state.members, state.device
+        self.reader = GradientReader(plan, device, state.members, needs_norm)
         self.device = device
         self.words: list[int] = []
         self._gradients: list[Tensor] = []  # that were read last, until they are written
@@ -45,6 +47,7 @@ class GradientAddresses:
         self._watched: tuple[Parameter, ...] = plan.watched
         self._only: bytes | None = None
         self._known: list[_Known | None] | None = None  # of each parameter; None: no gradient
+        self._restored = 0
         self.expect(self._parameters)
 
     def expect(self, tensors: list[Parameter] | list[Tensor]) -> None:
@@ -54,7 +57,9 @@ class GradientAddresses:
 
     def read(self, call: Call) -> Outcome:
         """Fills ``words`` and ``gradients``; raises what the reader raises."""
+        self.reader.anew = []
         if self._as_before(call.only):
+            self.members.again(self.plan)
             return Outcome.DONE
         self._known = None
         flat = self.reader.read(call)
@@ -68,19 +73,21 @@ class GradientAddresses:
         self._learn(call.only, flat)
         return Outcome.DONE
 
-    def written(self, found_inf: Tensor | None) -> None:
+    def written(self, call: Call) -> None:
         """Tells torch that the kernel wrote to what was read, and lets go of it."""
         written, self._gradients = self._gradients, []
         # Which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
-            written if found_inf is None else [*written, found_inf]
+            written if call.found_inf is None else [*written, call.found_inf]
         )
-        self.reader.write_back()
+        self.reader.write_back(call)
 
     def _learn(self, only: bytes | None, flat: list[Tensor | None]) -> None:
         known: list[_Known | None] = []
         for parameter, view in zip(self._parameters, flat, strict=True):
             gradient = parameter.grad
+            if gradient is not None and gradient.layout != torch.strided:
+                return  # the reader takes care of what is sparse
             if view is None or gradient is None:
                 known.append(None)
             elif view.data_ptr() == gradient.data_ptr():
@@ -89,9 +96,10 @@ class GradientAddresses:
             else:  # a copy: it is the reader that writes it back
                 return
         self._only, self._known = only, known
+        self._restored = self.members.restored
 
     def _as_before(self, only: bytes | None) -> bool:
-        if self._known is None or only != self._only:
+        if self._known is None or only != self._only or self._restored != self.members.restored:
             return False
         if any(parameter.requires_grad for parameter in self._watched):
             return False
@@ -114,10 +122,13 @@ class GradientAddresses:
                 or gradient.device != self.device
                 or gradient.is_neg()
                 or gradient.is_conj()
+                or gradient.is_inference()
             ):
                 return False
             else:
                 gradients.append(gradient)
                 words.append(0 if self._empty[index] else gradient.data_ptr() | known.tag)
+        if words != self.words:
+            self.reader.refuse_shared_memory([parameter.grad for parameter in self._parameters])
         self.words, self._gradients = words, gradients
         return True

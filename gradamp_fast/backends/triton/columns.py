@@ -23,18 +23,21 @@ GLOBALS, FIELDS = tl.constexpr(len(GLOBAL_FIELDS)), tl.constexpr(len(LAYER_FIELD
 STEP, SKIPPED_STEPS, EPOCH, THRESHOLD, FACTOR, TOTAL_NORM, ROUND_SKIPPED = _places(
     GLOBAL_FIELDS, "step skipped_steps epoch threshold factor total_norm round_skipped"
 )
+GATED, RISING = _places(GLOBAL_FIELDS, "gated rising")
 STEPS, WEIGHT_SUM, VARIANCE, POWER, MEAN_POWER, NOISE = _places(
     LAYER_FIELDS, "steps weight_sum variance power mean_power noise"
 )
 AGREEMENT, SELECTED, AMPLIFIED_STEPS, CHANGED_AT, MEMBER_NUMEL = _places(
     LAYER_FIELDS, "agreement selected amplified_steps changed_at member_numel"
 )
+LAYER_FACTOR, SETTLED, LEAST_VARIANCE = _places(LAYER_FIELDS, "factor settled least_variance")
 
 # ---- options as numbers -----------------------------------------------------------------
 
 CONFIG = (
     *("measure", "threshold", "select", "schedule_unit", "exact", "match_norm", "max_norm"),
-    *("needs_norm", "threshold_value", "decay", "min_steps", "refresh", "seed", "windows"),
+    *("needs_norm", "threshold_value", "decay", "min_steps", "refresh", "seed"),
+    *("grow", "max_factor", "windows"),
 )
 # "windows" is their number; start, stop and factor of each come after it.
 CONFIG_MEASURE, CONFIG_THRESHOLD, CONFIG_SELECT, CONFIG_UNIT = _places(
@@ -46,6 +49,7 @@ CONFIG_EXACT, CONFIG_MATCH_NORM, CONFIG_MAX_NORM, CONFIG_NEEDS_NORM = _places(
 CONFIG_VALUE, CONFIG_DECAY, CONFIG_MIN_STEPS, CONFIG_REFRESH, CONFIG_SEED, CONFIG_WINDOWS = _places(
     CONFIG, "threshold_value decay min_steps refresh seed windows"
 )
+CONFIG_GROW, CONFIG_MAX_FACTOR = _places(CONFIG, "grow max_factor")
 
 FLUCTUATION, DIRECTION, VARIANCE_OF_ELEMENTS = _places(
     ENUMS["measure"], "fluctuation direction variance"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ... import reference
 from .columns import (
     AGREEMENT,
     ALWAYS,
@@ -20,7 +21,9 @@ from .columns import (
     CHANGED_AT,
     CONFIG_DECAY,
     CONFIG_EXACT,
+    CONFIG_GROW,
     CONFIG_MATCH_NORM,
+    CONFIG_MAX_FACTOR,
     CONFIG_MAX_NORM,
     CONFIG_MEASURE,
     CONFIG_MIN_STEPS,
@@ -37,13 +40,17 @@ from .columns import (
     FACTOR,
     FIELDS,
     FLUCTUATION,
+    GATED,
     GLOBALS,
+    LAYER_FACTOR,
+    LEAST_VARIANCE,
     MEAN_POWER,
     MEMBER_NUMEL,
     NOISE,
     NUMBER,
     POWER,
     QUANTILE,
+    RISING,
     ROUND_SKIPPED,
     ROW,
     ROW_AFTER,
@@ -55,6 +62,7 @@ from .columns import (
     ROW_MULTIPLIER,
     ROW_POWER,
     SELECTED,
+    SETTLED,
     SKIPPED_STEPS,
     STD,
     STEP,
@@ -68,6 +76,9 @@ from .columns import (
 from .tile import WIDTH, murmur_finaliser
 
 MAX_NUMBER = tl.constexpr(1.7976931348623157e308)
+LOW, SURGE, EARLY = (
+    tl.constexpr(number) for number in (reference.LOW, reference.SURGE, reference.EARLY)
+)
 
 
 @triton.jit
@@ -110,7 +121,7 @@ def skip_call(values, config, begins_round):
 
 @triton.jit
 def active_factor(values, config, begins_round):
-    """What selected layers are multiplied by on this step: 1 outside all windows."""
+    """What selected layers are multiplied by in this step, or grow by: 1 outside all windows."""
     factor = tl.load(values + FACTOR)
     unit = tl.load(config + CONFIG_UNIT)
     active = factor
@@ -124,6 +135,29 @@ def active_factor(values, config, begins_round):
             inside = (tl.load(window) <= now) & (now < tl.load(window + 1))
             active = tl.where(inside, own, active)
     return active
+
+
+@triton.jit
+def _grown(own, variance, least):
+    """What growth came to, less what a surge takes back."""
+    surging = variance > least * SURGE
+    brake = tl.sqrt(tl.where(surging, least * SURGE / tl.where(surging, variance, 1.0), 1.0))
+    return tl.where(surging, tl.maximum(own * brake, 1.0), own)
+
+
+@triton.jit
+def amplification(values, config, layer, inside, factor):
+    """What a layer's gradients are multiplied by as its state stands; 1 unless ``inside``."""
+    state = values + GLOBALS + layer * FIELDS
+    if tl.load(config + CONFIG_GROW) != 0:
+        own = tl.load(state + LAYER_FACTOR, mask=inside, other=1.0)
+        variance = tl.load(state + VARIANCE, mask=inside, other=1.0)
+        least = tl.load(state + LEAST_VARIANCE, mask=inside, other=1.0)
+        multiplier = tl.where(factor != 1, _grown(own, variance, least), 1.0)
+    else:
+        selected = tl.load(state + SELECTED, mask=inside, other=0.0)
+        multiplier = tl.where(selected != 0, factor, 1.0)
+    return multiplier
 
 
 @triton.jit
@@ -240,8 +274,59 @@ def _threshold(config, scores, layers):
 
 
 @triton.jit
-def decide(values, config, scores, layers, decision, step):
-    """Chooses anew, in step ``step``, which layers are amplified; ``decision`` numbers the draws."""
+def _is_low(values, scores, layers):
+    """Whether the mean direction of the eligible layers, by elements, says so."""
+    elements = tl.zeros([WIDTH], tl.float64)
+    direction = tl.zeros([WIDTH], tl.float64)
+    for begin in range(0, layers, WIDTH):
+        index = begin + tl.arange(0, WIDTH)
+        score = _scores_at(scores, begin, layers)
+        eligible = score == score
+        state = values + GLOBALS + index * FIELDS
+        numel = tl.load(state + MEMBER_NUMEL, mask=eligible, other=0.0)
+        elements += numel
+        direction += numel * tl.load(state + AGREEMENT, mask=eligible, other=0.0)
+    total = tl.sum(elements, axis=0)
+    return tl.sum(direction, axis=0) / tl.where(total > 0, total, 1.0) > LOW
+
+
+@triton.jit
+def _grow(values, config, scores, layers, factor):
+    """Layers grow by ``factor``, or settle for good. Scores that are not NaN are eligible."""
+    first = tl.load(values + GATED) == 0
+    low = _is_low(values, scores, layers) | (first == 0)
+    # What grew last was too much; before the first decision nothing has grown.
+    taken_back = tl.where(first, 1.0, factor)
+    most = tl.load(config + CONFIG_MAX_FACTOR)
+    any_eligible = tl.full([], 0, tl.int32)
+    for begin in range(0, layers, WIDTH):
+        index = begin + tl.arange(0, WIDTH)
+        score = _scores_at(scores, begin, layers)
+        eligible = score == score
+        any_eligible += tl.sum(eligible.to(tl.int32), axis=0)
+        state = values + GLOBALS + index * FIELDS
+        free = eligible & (tl.load(state + SETTLED, mask=eligible, other=1.0) == 0)
+        own = tl.load(state + LAYER_FACTOR, mask=free, other=1.0)
+        variance = tl.load(state + VARIANCE, mask=free, other=1.0)
+        least = tl.load(state + LEAST_VARIANCE, mask=free, other=1.0)
+        selected = tl.load(state + SELECTED, mask=free, other=0.0)
+        settles = free & (tl.where(low, selected, 0.0) == 0)
+        left = tl.maximum(_grown(own, variance, least) / taken_back, 1.0)
+        larger = tl.where(variance > least * SURGE, own, tl.minimum(own * factor, most))
+        tl.store(state + LAYER_FACTOR, tl.where(settles, left, larger), mask=free)
+        tl.store(state + SETTLED, 1.0, mask=settles)
+        kept = tl.where(variance > 0, variance, float("inf"))
+        tl.store(state + LEAST_VARIANCE, kept, mask=settles)
+    if any_eligible > 0:
+        tl.store(values + GATED, 1.0)
+
+
+@triton.jit
+def decide(values, config, scores, layers, decision, step, factor):
+    """Chooses anew, in ``step``, which layers are amplified; ``decision`` numbers the draws.
+
+    With growth also by how much; ``factor`` is ``active_factor``.
+    """
     _store_scores(values, config, scores, layers, decision)
     tl.debug_barrier()
     tau = _threshold(config, scores, layers)
@@ -256,6 +341,10 @@ def decide(values, config, scores, layers, decision, step):
         tl.store(state + CHANGED_AT, tl.where(inside, step, 0.0), mask=changed)
         tl.store(state + SELECTED, chosen, mask=changed)
     tl.store(values + THRESHOLD, tau)
+    if tl.load(config + CONFIG_GROW) != 0:
+        if (factor != 1) & (tl.load(values + RISING) == 0):
+            tl.debug_barrier()
+            _grow(values, config, scores, layers, factor)
 
 
 # ---- commit -----------------------------------------------------------------------------
@@ -273,6 +362,8 @@ def is_measured(values, layer_rows, layer, inside):
 @triton.jit
 def _update_layers(values, config, layer_rows, layers):
     decay = tl.load(config + CONFIG_DECAY)
+    grow = tl.load(config + CONFIG_GROW) != 0
+    min_steps = tl.load(config + CONFIG_MIN_STEPS)
     for begin in range(0, layers, WIDTH):
         index = begin + tl.arange(0, WIDTH)
         row = layer_rows + index * ROW
@@ -297,7 +388,12 @@ def _update_layers(values, config, layer_rows, layers):
 
         v = tl.load(row + ROW_M2, mask=here, other=0.0, cache_modifier=".cg") / tl.maximum(n, 1.0)
         variance = tl.load(state + VARIANCE, mask=here, other=0.0)
-        tl.store(state + VARIANCE, variance + weight * (v - variance), mask=here)
+        variance += weight * (v - variance)
+        tl.store(state + VARIANCE, variance, mask=here)
+        least = tl.load(state + LEAST_VARIANCE, mask=here, other=0.0)
+        if grow:
+            less = here & ((k + 1.0) * EARLY >= min_steps) & (variance > 0) & (variance < least)
+            tl.store(state + LEAST_VARIANCE, variance, mask=less)
         running = tl.load(state + POWER, mask=here, other=0.0)
         tl.store(state + POWER, running + weight * (power - running), mask=here)
         new = tl.load(row + ROW_AFTER, mask=here, other=0.0, cache_modifier=".cg")
@@ -310,13 +406,12 @@ def _update_layers(values, config, layer_rows, layers):
 
 
 @triton.jit
-def _amplify(values, layer_rows, layers, factor):
+def _amplify(values, config, layer_rows, layers, factor):
     """Notes what each layer is multiplied by in this step; row ``layers`` is the excluded's."""
     for begin in range(0, layers + 1, WIDTH):
         index = begin + tl.arange(0, WIDTH)
         state = values + GLOBALS + index * FIELDS
-        selected = tl.load(state + SELECTED, mask=index < layers, other=0.0) != 0
-        multiplier = tl.where(selected, factor, 1.0)
+        multiplier = amplification(values, config, index, index < layers, factor)
         row = layer_rows + index * ROW
         tl.store(row + ROW_MULTIPLIER, multiplier, mask=index <= layers)
         counts = is_measured(values, layer_rows, index, index < layers) & (multiplier != 1)
@@ -332,7 +427,7 @@ def commit(values, config, layer_rows, scores, layers, factor, begins_round, dec
     """
     exact = tl.load(config + CONFIG_EXACT) != 0
     if not exact:
-        _amplify(values, layer_rows, layers, factor)
+        _amplify(values, config, layer_rows, layers, factor)
     _update_layers(values, config, layer_rows, layers)
     tl.debug_barrier()
     refresh = tl.load(config + CONFIG_REFRESH).to(tl.int64)
@@ -341,10 +436,10 @@ def commit(values, config, layer_rows, scores, layers, factor, begins_round, dec
     skipped = (begins_round == 0) & (tl.load(values + ROUND_SKIPPED) != 0)
     if (refresh > 0) & (decides != 0) & (not skipped):
         if counted % refresh == 0:
-            decide(values, config, scores, layers, counted // refresh, step)
+            decide(values, config, scores, layers, counted // refresh, step, factor)
             tl.debug_barrier()
     if exact:
-        _amplify(values, layer_rows, layers, factor)
+        _amplify(values, config, layer_rows, layers, factor)
     _begin_round(values, begins_round)
 
 

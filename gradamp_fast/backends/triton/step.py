@@ -22,11 +22,9 @@ from .columns import (
     CONFIG_EXACT,
     DTYPE_COUNT,
     DTYPE_SHIFT,
-    FIELDS,
     FIRST_BUCKET,
     FIRST_TILE,
     GENERATION,
-    GLOBALS,
     GROUPS,
     GROUPS_FROM,
     LAYER,
@@ -38,7 +36,6 @@ from .columns import (
     ROW,
     ROW_MULTIPLIER,
     ROW_POWER,
-    SELECTED,
     TENSOR_FIELDS,
     TILES,
     TILES_FROM,
@@ -46,6 +43,7 @@ from .columns import (
 )
 from .decide import (
     active_factor,
+    amplification,
     apply_norm,
     commit,
     is_finite,
@@ -182,16 +180,6 @@ def _multiply_tile(
 
 
 @triton.jit
-def _standing_multiplier(values, layer, factor):
-    """``factor`` if the layer was selected before this step. Layer -1: excluded."""
-    own = factor * 0.0 + 1.0
-    if layer >= 0:
-        selected = tl.load(values + GLOBALS + layer * FIELDS + SELECTED)
-        own = tl.where(selected != 0, factor, own)
-    return own
-
-
-@triton.jit
 def _conclude(
     values, parity, config, tensors, layer_rows, scores, verdict, tickets, addresses, found_inf,
     measured, layers, begins_round, decides,
@@ -267,7 +255,9 @@ def step_kernel(
                 layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
                 multiplier = factor * 0.0 + 1.0
                 if write_now:
-                    multiplier = _standing_multiplier(values, layer, factor) * rescale
+                    # An excluded tensor's layer is -1.
+                    own = amplification(values, config, layer, layer >= 0, factor)
+                    multiplier = own * rescale
                 _measure_tile(
                     values, sketch, parity, config, tensors, addresses,
                     tile_rows + tile * ROW, tensor, tile, inverse, multiplier,
