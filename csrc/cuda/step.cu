@@ -13,16 +13,17 @@
 namespace gradamp::cuda {
 namespace {
 
-// Blocks of a processor at once: 3, at 80 registers a thread, but where that spills them.
-// What is under way of 2 is enough: 128 KB.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
+// Blocks of a processor at once, for which it has registers: as many as its shared memory holds,
+// three of Hopper's at 80 registers a thread. Elsewhere that holds one or two, or more registers
+// are needed, and what is under way of two is enough: 128 KB.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kMinBlocks = 2;
 #else
 constexpr int kMinBlocks = 3;
 #endif
 
 template <class Visitor>
-__device__ inline auto with_element(DType dtype, Visitor&& visit) {
+__device__ __forceinline__ auto with_element(DType dtype, Visitor&& visit) {
   switch (dtype) {
     case DType::kFloat32: return visit(Float32{});
     case DType::kBFloat16: return visit(BFloat16{});
