@@ -260,8 +260,11 @@ bool Stepper::look_at_members(const char* only) {
     if (!as_before || (!all_members && !fresh)) return false;
     if (fresh)
       for (size_t i = begin; i < end; ++i) flags[i] = gradients_[i].defined();
-    if (!complete && lacking[layer] + 1 == kLackingForLong) return false;
-    lacking[layer] = complete ? 0 : lacking[layer] + 1;
+    if (complete) {
+      lacking[layer] = std::min<int64_t>(lacking[layer], 0);
+    } else if (lacking[layer] < 0 || ++lacking[layer] == kLackingForLong) {
+      return false;
+    }
   }
   return true;
 }
