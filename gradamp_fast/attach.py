@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from . import ops
 from .bound_model import BoundModel
 from .call import Call
-from .learning_rates import LearningRates
 from .model.optimizers import Holding
 from .optimizer_scale import follows_gradient_size, inside
 
@@ -90,7 +89,6 @@ class Attachment:
             raise ValueError("the optimizer holds no parameter of the amplifier's model")
         self._bound, self._holding = bound, holding
         self._depth = 0  # of calls of step within each other
-        self._rates = LearningRates()
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -137,8 +135,6 @@ class Attachment:
         if _makes_state_only(optimizer):
             return
         self._bound.follow(self._holding)
-        if self._bound.rules.grow and not ops.compiling():
-            self._bound.tell_rising(self._holding, self._rates.rise(optimizer))
         call = Call()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             scale = getattr(optimizer, "grad_scale", None)

@@ -112,6 +112,8 @@ class BoundModel:
         if call.grad_scale is not None or call.found_inf is not None:
             self._check_scalar("grad_scale", call.grad_scale)
             self._check_scalar("found_inf", call.found_inf)
+        if holding is not None and self.rules.grow:
+            self._watch_rates(holding)
         self._unlooked += 1
         if self._unlooked >= self._period:
             self._patience = 1
@@ -235,8 +237,11 @@ class BoundModel:
     # ---- the state ------------------------------------------------------------------
 
     def settled_state(self) -> State:
-        """The state, once the last step on sharded gradients is added up: may be a collective."""
-        if self._backend is not None:
+        """The state, once the last step on sharded gradients is added up: may be a collective.
+
+        In code that is being compiled it is named only; the operator in the graph settles it.
+        """
+        if self._backend is not None and not torch.compiler.is_compiling():
             self._backend.settle()
         return self._state
 
@@ -345,15 +350,17 @@ class BoundModel:
         self.holdings.discard(holding)
         self._heed_optimizers()
         if holding in self._risers:
-            self.tell_rising(holding, False)
+            self._tell_rising(holding, False)
 
-    def tell_rising(self, holding: Holding, rising: bool | None) -> None:
-        """Whether the optimizer's learning rate rises, if that can be told: then nothing grows.
+    def _watch_rates(self, holding: Holding) -> None:
+        """Before a step: nothing grows in it if the optimizer's learning rate has risen."""
+        optimizer = holding.optimizer
+        rising = None if optimizer is None else holding.rates.rise(optimizer)
+        if rising is not None:
+            self._tell_rising(holding, rising)
 
-        Written to the device where it changes what is there.
-        """
-        if rising is None:
-            return
+    def _tell_rising(self, holding: Holding, rising: bool) -> None:
+        """Written to the device where it changes what is there."""
         (self._risers.add if rising else self._risers.discard)(holding)
         rises = len(self._risers) > 0
         if rises != self._rising:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from .amplifier import Amplifier
-from .attach import OneStep, warn_if_scale_invariant
+from .attach import OneStep, refuse_growth, warn_if_scale_invariant
 from .call import Call
 from .model.optimizers import Holding
 from .model.plan import Plan
@@ -169,6 +169,8 @@ class GradScaler(torch.amp.GradScaler):
             )
         holding = self._holdings.get(optimizer)
         if holding is None:
+            if bound.rules.grow:
+                refuse_growth(optimizer)
             bound.meet()
             holding = self._holdings[optimizer] = _Split(optimizer)
             bound.join(holding)

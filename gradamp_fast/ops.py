@@ -66,7 +66,7 @@ def operator(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     unscale: bool,
-    holding: int | None,
+    holding: int | None = None,
 ) -> None:
     """A step on what the graph holds: ``gradients`` of the slots in ``present``.
 

@@ -116,7 +116,7 @@ class BackwardSteps(Stepping):
         outcome = self._measuring.step(call)
         if outcome is Outcome.DONE and (self.called or not self._fresh):
             reached = [layer in self.called for layer in range(len(selected))]
-            self._reached = torch.tensor(reached, dtype=selected.dtype).to(selected.device)
+            self._reached = torch.tensor(reached, dtype=selected.dtype, device=selected.device)
             self.called.clear()
             kept = (self._reached == 0) & (selected_before == 0)  # it was not selected, and is not
             changed_at.copy_(torch.where(kept, changed_before, changed_at))

@@ -185,4 +185,6 @@ def _members(layers: Sequence[int]) -> Tensor:
     """Indices of each layer's parts, filled up with the number of parts: int64 [layers, most]."""
     of = [[p for p, own in enumerate(layers) if own == layer] for layer in range(layers[-1] + 1)]
     most = max(map(len, of))
-    return torch.tensor([members + [len(layers)] * (most - len(members)) for members in of])
+    return torch.tensor(
+        [members + [len(layers)] * (most - len(members)) for members in of], device="cpu"
+    )

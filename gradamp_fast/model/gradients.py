@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -103,19 +103,20 @@ class GradientReader:
         Looked at only when addresses are not those of the time before.
         """
         owned = [
-            (slot.name, gradient)
-            for slot, gradient in zip(self.plan.slots, gradients, strict=True)
+            (index, gradient)
+            for index, gradient in enumerate(gradients)
             if gradient is not None and gradient.layout == torch.strided and gradient.numel() > 0
         ]
         addresses = [gradient.data_ptr() for _, gradient in owned]
         if addresses == self._apart:
             return
         ordered = sorted(zip(addresses, owned, strict=True), key=lambda item: item[0])
-        for (start, (name, one)), (other_start, (other_name, other)) in itertools.pairwise(ordered):
+        for (start, (index, one)), (other_start, (other_index, other)) in pairwise(ordered):
             if start + _extent(one) > other_start and _share_elements(one, other):
+                names = [self.plan.slots[i].name for i in sorted((index, other_index))]
                 raise ValueError(
-                    f"the gradients of {name!r} and {other_name!r} share memory, so neither can be "
-                    "multiplied alone: give one of them a copy, as p.grad = p.grad.clone()"
+                    f"the gradients of {names[0]!r} and {names[1]!r} share memory, so neither can "
+                    "be multiplied alone: give one of them a copy, as p.grad = p.grad.clone()"
                 )
         self._apart = addresses
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ..learning_rates import LearningRates
 from .plan import Plan
 
 
@@ -22,6 +23,7 @@ class Holding:
     Attributes:
         number: in the order in which they were made.
         hook: by which the optimizer's steps amplify; None if something else calls the steps.
+        rates: the learning rates of its groups at the last step.
     """
 
     hook: RemovableHandle | None = None
@@ -30,6 +32,7 @@ class Holding:
     def __init__(self, optimizer: Optimizer) -> None:
         self.number = next(self._count)
         self._optimizer = weakref.ref(optimizer)
+        self.rates = LearningRates()
         # Held, and compared by identity: addresses are given to other parameters in time.
         self._parameters: list[Parameter] = []
         self._groups: list[tuple[int, object]] = []

@@ -97,6 +97,26 @@ def test_a_warm_up_is_seen_in_numbers_and_tensors(tensor: bool) -> None:
     assert grown == [1.0] * 11 + [2.0] * 2 + [4.0]
 
 
+def test_a_warm_up_is_seen_by_the_scaler() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    amplifier = Amplifier(model, **STEADY)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    scaler = gradamp_fast.GradScaler(amplifier, "cpu", init_scale=8.0)
+    x, grown = torch.randn(16, 6), []
+    for step in range(14):
+        optimizer.param_groups[0]["lr"] = 1e-6 * min(step, 9)
+        optimizer.zero_grad()
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        grown.append(amplifier.report().layers[0].factor)
+    assert grown == [1.0] * 11 + [2.0] * 2 + [4.0]
+    refused = torch.optim.AdamW(model.parameters(), 1e-6)
+    with pytest.raises(ValueError, match="grow=True does nothing under AdamW"):
+        scaler.step(refused)
+
+
 def test_a_warm_up_that_is_given_up_holds_nothing_back() -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 3)

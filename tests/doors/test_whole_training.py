@@ -110,7 +110,8 @@ def run(place: Place, door: str, options: dict[str, Any], folder: Path | None = 
     for number in range(STEPS):
         if folder is not None and number == SAVES_AT:
             training.save(folder)
-            training = Training(place, door, 3, **options)
+            training = Training(place, door, 2, **options)
+            training.grow()  # optimizers are loaded with the groups that they were saved with
             training.load(folder)
         training.step(number)
     return training

@@ -29,7 +29,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"measure": "random", "seed": 2**32 - 1, "threshold": "quantile"},
     {"threshold": "quantile", "decay": None, "group_by": "tensor", "max_norm": 3.0},
     {"windows": [(1, 3, 0.5), (4, 6)], "unit": "step", "threshold": 0.2},
-    {"grow": True, "measure": "direction", "threshold": -0.3, "refresh": 1},
+    {
+        "grow": True,
+        "factor": 1.5,
+        "measure": "direction",
+        "threshold": -0.3,
+        "refresh": 1,
+        "decay": 0.9,
+    },
 ]
 
 

@@ -59,7 +59,7 @@ class Launcher:
         self.two_phases = rules.two_phases
         self.cooperative = self.two_phases and not INTERPRETED
         tables = Tables(plan, self.device)
-        numbers = torch.tensor(configuration(rules), dtype=torch.float64)
+        numbers = torch.tensor(configuration(rules), dtype=torch.float64, device="cpu")
         # In the order of the kernel's parameters: before the addresses, and from found_inf to
         # unscale.
         self._tensors = (

@@ -87,19 +87,21 @@ class AddressTable:
 
     def _refill(self) -> None:
         while self.device.type == "cuda" and len(self._spares) < self.SPARES:
-            pinned = torch.zeros(self.table.numel(), dtype=torch.int64, pin_memory=True)
+            pinned = torch.zeros(
+                self.table.numel(), dtype=torch.int64, device="cpu", pin_memory=True
+            )
             self._spares.append((pinned, torch.zeros_like(self.table)))
 
     def upload(self, words: list[int]) -> Tensor:
         """The words on the device: int64 [tensors]."""
         if self.device.type != "cuda":
-            self.table.copy_(torch.tensor(words, dtype=torch.int64))
+            self.table.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
         elif torch.cuda.is_current_stream_capturing():
             return self._capture(tuple(words))
         elif words != self._words:
             self._refill()
             # torch's allocator of pinned memory keeps the block until the copy is made.
-            staged = torch.tensor(words, dtype=torch.int64, pin_memory=True)
+            staged = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=True)
             self.table.copy_(staged, non_blocking=True)
             self._words = words
         return self.table
@@ -112,7 +114,7 @@ class AddressTable:
                     "without an eager one between: take an eager step first"
                 )
             pinned, table = self._spares.pop()
-            pinned.copy_(torch.tensor(words, dtype=torch.int64))
+            pinned.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
             self._captured[words] = pinned, table
         pinned, table = self._captured[words]
         table.copy_(pinned, non_blocking=True)
