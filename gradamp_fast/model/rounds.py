@@ -25,6 +25,7 @@ class Rounds:
         self._once = once
         self.undecided = False
         self._stepped: weakref.WeakSet[Holding] = weakref.WeakSet()
+        self._known: weakref.WeakSet[Holding] = weakref.WeakSet()
         self._begun = self._decided = False
 
     def place(self, call: Call, holding: Holding | None, holdings: Collection[Holding]) -> Call:
@@ -35,6 +36,8 @@ class Rounds:
         if holding is None or holding in self._stepped:
             self._end()
         last = holding is None or len(self._stepped) + 1 >= len(holdings)
+        if holding is not None and holding.hook is None and holding not in self._known:
+            last = False  # a scaler learns of its optimizers as they step: others may follow
         return call._replace(
             begins_round=not self._begun, decides=last and not (self._once and self._decided)
         )
@@ -49,6 +52,7 @@ class Rounds:
             self._end()
         else:
             self._stepped.add(holding)
+            self._known.add(holding)
 
     def _end(self) -> None:
         self._stepped.clear()
