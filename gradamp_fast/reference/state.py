@@ -122,6 +122,15 @@ class State:
         self.column("least_variance").fill_(FIRST["least_variance"])
         self.sketch.zero_()
 
+    def heed_members(self, plan: Plan) -> None:
+        """Follows what came of the last look at the layers' members."""
+        members = self.members
+        anew, untold, members.anew, members.untold = members.anew, members.untold, [], []
+        for layer in untold:
+            numel = members.numel(plan, layer)
+            self.layers[layer, LAYER_FIELDS.index("member_numel")].fill_(numel)
+        self.begin_anew(plan, anew)
+
     def begin_anew(self, plan: Plan, layers: Sequence[int]) -> None:
         """These layers are as before their first step, with the members that they have now."""
         if layers and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
