@@ -375,8 +375,8 @@ def asynchronous(rank: int) -> None:
         reader()
         assert counter == count + 1, count
     step()
-    amplifier.rebind()  # finds nothing new, and waits for nothing
-    assert counter == len(readers)
+    amplifier.rebind()  # waits whether it finds something new or not, as in all processes
+    assert counter == len(readers) + 1
     step()
     assert counter == len(readers) + 1
     amplifier.reset()
