@@ -12,10 +12,11 @@ from .optimizers import Holding
 class Rounds:
     """Says of each call where in its round it stands.
 
-    A round ends when an optimizer that has stepped in it steps again. When all have, the last
-    call takes its decision; else that is taken before the next round begins. An optimizer that
-    becomes known after that, as to a GradScaler, still steps in the round, and its decision takes
-    the place of the first; with ``once`` the first stands, as where each makes factors grow.
+    A round ends when an optimizer that has stepped in it steps again, or when all that have are
+    gone, as between two trainings. When all have stepped, the last call takes its decision; else
+    that is taken before the next round begins. An optimizer that becomes known after that, as to
+    a GradScaler, still steps in the round, and its decision takes the place of the first; with
+    ``once`` the first stands, as where each makes factors grow.
 
     Attributes:
         undecided: whether the round under way still waits for its decision.
@@ -33,7 +34,7 @@ class Rounds:
 
         Every call has to be placed before it is made, and told to ``made`` afterwards.
         """
-        if holding is None or holding in self._stepped:
+        if holding is None or holding in self._stepped or self._stepped.isdisjoint(holdings):
             self._end()
         last = holding is None or len(self._stepped) + 1 >= len(holdings)
         if holding is not None and holding.hook is None and holding not in self._known:
