@@ -191,7 +191,11 @@ class State:
         means = old.means(old_plan, self.device)
         self.take_means(
             plan,
-            {s.name: means[s.name] for s in measured if s.name in means and s.layer in kept},
+            {
+                slot.name: means[slot.name]
+                for slot, flag in zip(measured, self.members.flags, strict=True)
+                if flag and slot.name in means and slot.layer in kept
+            },
         )
         self.begin_anew(plan, sorted(changed))
 
