@@ -140,23 +140,20 @@ def active_factor(values, config, begins_round):
 @triton.jit
 def _grown(own, variance, least):
     """What growth came to, less what a surge takes back."""
-    surging = variance > least * SURGE
-    brake = tl.sqrt(tl.where(surging, least * SURGE / tl.where(surging, variance, 1.0), 1.0))
-    return tl.where(surging, tl.maximum(own * brake, 1.0), own)
+    braked = tl.maximum(own * tl.sqrt(least * SURGE / variance), 1.0)
+    return tl.where(variance > least * SURGE, braked, own)
 
 
 @triton.jit
 def amplification(values, config, layer, inside, factor):
     """What a layer's gradients are multiplied by as its state stands; 1 unless ``inside``."""
     state = values + GLOBALS + layer * FIELDS
-    if tl.load(config + CONFIG_GROW) != 0:
+    selected = tl.load(state + SELECTED, mask=inside, other=0.0)
+    multiplier = tl.where(selected != 0, factor, 1.0)
+    if (tl.load(config + CONFIG_GROW) != 0) & (factor != 1):
         own = tl.load(state + LAYER_FACTOR, mask=inside, other=1.0)
         variance = tl.load(state + VARIANCE, mask=inside, other=1.0)
-        least = tl.load(state + LEAST_VARIANCE, mask=inside, other=1.0)
-        multiplier = tl.where(factor != 1, _grown(own, variance, least), 1.0)
-    else:
-        selected = tl.load(state + SELECTED, mask=inside, other=0.0)
-        multiplier = tl.where(selected != 0, factor, 1.0)
+        multiplier = _grown(own, variance, tl.load(state + LEAST_VARIANCE, mask=inside, other=1.0))
     return multiplier
 
 
