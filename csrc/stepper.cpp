@@ -132,7 +132,7 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
   std::vector<TensorInfo> infos;
   int64_t measured = 0;
   for (const auto& [layer, numel, log2, first_bucket, first_word] : tensors) {
-    infos.push_back({numel, 0, first_bucket, layer, log2, first_word});
+    infos.push_back({numel, 0, first_bucket, layer, log2, first_word, 0});
     numel_.push_back(numel);
     layer_.push_back(layer);
     measured += layer >= 0;
@@ -149,18 +149,16 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
                            sketch_.data_ptr<float>(), sketch_.size(1), parity_.data_ptr<int32_t>()};
   const std::vector<Window> windows = read_windows(options);
   const Config config = read_config(options, windows);
-  const auto tiling = [&](int64_t tile_elements) {
-    return Tiling(infos, num_layers, tile_elements);
-  };
 #if defined(GRADAMP_WITH_CUDA)
   if (values_.is_cuda()) {
-    engine_ = cuda::make_engine(tiling(cuda::kTileElements), config, state,
+    engine_ = cuda::make_engine(Tiling(infos, num_layers, cuda::tile_elements), config, state,
                                 {values_, sketch_, parity_}, values_.device());
     return;
   }
 #endif
   TORCH_CHECK(values_.is_cpu(), "this build of the extension cannot serve ", values_.device());
-  engine_ = cpu::make_engine(tiling(cpu::kTileElements), config, state, torch_threads());
+  engine_ = cpu::make_engine(Tiling(infos, num_layers, cpu::tile_elements), config, state,
+                             torch_threads());
 }
 
 // One step at a time: another thread may come in while the engine runs without Python's lock.

@@ -3,14 +3,13 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
-#include <string>
 #include <utility>
 
 namespace gradamp {
 
-Tiling::Tiling(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_elements)
-    : tile_elements(tile_elements),
-      num_layers(num_layers),
+Tiling::Tiling(std::vector<TensorInfo> given, int64_t num_layers,
+               int64_t (*tile_elements)(int64_t numel))
+    : num_layers(num_layers),
       measured(0),
       measured_tiles(0),
       num_tiles(0),
@@ -25,6 +24,7 @@ Tiling::Tiling(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_e
       throw std::invalid_argument("tensors must be grouped by ascending layer, excluded ones last");
     previous = tensor.layer;
     tensor.first_tile = num_tiles;
+    tensor.tile_elements = tile_elements(tensor.numel);
     num_tiles += tile_count(t);
     num_elements += tensor.numel;
     if (tensor.layer >= 0) {
@@ -34,9 +34,8 @@ Tiling::Tiling(std::vector<TensorInfo> given, int64_t num_layers, int64_t tile_e
     }
   }
   if (num_tiles > std::numeric_limits<int32_t>::max())
-    throw std::length_error("tiles of " + std::to_string(tile_elements) +
-                            " elements are counted in 32 bits; these gradients have more: use "
-                            "several Amplifiers");
+    throw std::length_error("tiles of gradients are counted in 32 bits; these gradients have more: "
+                            "use several Amplifiers");
   tile_tensor.resize(num_tiles);
   for (int64_t t = 0; t < num_tensors(); ++t)
     std::fill_n(tile_tensor.begin() + tensors[t].first_tile, tile_count(t),

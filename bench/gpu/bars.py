@@ -34,7 +34,6 @@ from bench.workload import FACTOR, Buffers, Workload, cache_bytes, copies_for, s
 from gradamp_fast import Amplifier
 
 EFFORT = Effort(fewest=9, most=31, seconds=0.4)
-KEPT = 26 << 20  # bytes that an H200's processors keep in shared memory between the phases
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def dram_bytes() -> Iterator[Bar]:
         least = 1.0 + found.amplified
         if timing == "lagged":
             limit = 1.03 * least
-        elif found.gradients <= cache_bytes(torch.device("cuda")) / 2 + KEPT:
+        elif found.gradients <= cache_bytes(torch.device("cuda")) / 2:
             limit = 1.05 * least
         else:
             limit = 1.0 + 2.0 * found.amplified

@@ -129,7 +129,7 @@ class CpuEngine final : public Engine {
         for (int64_t tile = begin; tile < std::min(begin + kTilesAtOnce, count); ++tile) body(tile);
     };
     // Elements, not tiles, decide whether other threads are worth waking.
-    const int64_t useful = tiling_.num_elements / (kTilesAtOnce * tiling_.tile_elements);
+    const int64_t useful = tiling_.num_elements / (kTilesAtOnce * kTileElements);
     const int workers = static_cast<int>(std::min<int64_t>(threads_.available(), useful));
     if (workers > 1) {
       threads_.run(workers, work);
@@ -147,10 +147,10 @@ class CpuEngine final : public Engine {
   Slice slice(const StepInputs& in, int64_t tile) const {
     const int64_t t = tiling_.tile_tensor[tile];
     const TensorInfo& tensor = tiling_.tensors[t];
-    const int64_t first = (tile - tensor.first_tile) * tiling_.tile_elements;
+    const int64_t first = (tile - tensor.first_tile) * kTileElements;
     char* data = static_cast<char*>(in.gradients[t]);
     return {data ? data + first * element_bytes(in.dtypes[t]) : nullptr, first,
-            std::min(tiling_.tile_elements, tensor.numel - first)};
+            std::min(kTileElements, tensor.numel - first)};
   }
 
   void measure(const StepInputs& in, int64_t tile, double inverse) {

@@ -11,6 +11,7 @@
 namespace gradamp::cpu {
 
 constexpr int64_t kTileElements = 8192;  // 32 KB of fp32: read twice, the second time from L1
+constexpr int64_t tile_elements(int64_t) { return kTileElements; }
 
 // Runs body on `workers` threads at once and returns when all have finished.
 using Parallel = std::function<void(int workers, const std::function<void()>& body)>;

@@ -152,12 +152,13 @@ class CudaEngine final : public Engine {
     Arena& arena = memory_->arena;
     const HostTables tables = make_tables(tiling_);
     const auto layers = static_cast<size_t>(tiling_.num_layers);
-    const size_t tensor_info = arena.put(tiling_.tensors);
-    const size_t tile_tensor = arena.put(tiling_.tile_tensor);
-    const size_t layer_tiles = arena.put(tables.layers);
+    const size_t tiles = arena.put(tables.tiles);
+    const size_t first_tile = arena.put(tables.first_tile);
+    const size_t layer_groups = arena.put(tables.layers);
     const size_t windows =
         arena.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
-    const size_t tickets = arena.reserve<uint32_t>(tables.groups + layers + 2);
+    const size_t tickets = arena.reserve<uint32_t>(tables.groups);
+    const size_t block_ticket = arena.reserve<uint32_t>(1);
     work_begin_ = arena.reserve<Sums>(tiling_.num_tiles);
     const size_t groups = arena.reserve<Sums>(tables.groups);
     const size_t layer_sums = arena.reserve<Sums>(layers + 1);
@@ -169,17 +170,15 @@ class CudaEngine final : public Engine {
     args_.config = config;
     args_.config.windows = arena.at<Window>(windows);
     args_.state = state;
-    args_.tables = {arena.at<TensorInfo>(tensor_info), arena.at<int32_t>(tile_tensor),
-                    arena.at<LayerTiles>(layer_tiles)};
-    uint32_t* const ticket = arena.at<uint32_t>(tickets);
+    args_.tables = {arena.at<Tile>(tiles), arena.at<int32_t>(first_tile),
+                    arena.at<LayerGroups>(layer_groups)};
     args_.work = {arena.at<Sums>(work_begin_),
                   arena.at<Sums>(groups),
                   arena.at<Sums>(layer_sums),
                   {arena.at<double>(scores), arena.at<double>(amplified)},
                   arena.at<Verdict>(verdict),
-                  ticket,
-                  ticket + tables.groups,
-                  ticket + tables.groups + layers + 1};
+                  arena.at<uint32_t>(tickets),
+                  arena.at<uint32_t>(block_ticket)};
     layer_sums_ = args_.work.layers;
     args_.num_layers = static_cast<int32_t>(layers);
     args_.measured = static_cast<int32_t>(tiling_.measured);
@@ -258,7 +257,7 @@ class CudaEngine final : public Engine {
     args_.last_launch = i + 1 == chunks.size();
     const int tiles = chunk.tile_end - chunk.tile_begin;
     const int fitting = limits_.blocks_per_processor * limits_.processors;
-    const int useful = std::max(tiles / kWarps + (tiles % kWarps != 0), 1);
+    const int useful = std::max(tiles, 1);  // each on a processor of its own as far as they go
     const int blocks = std::min(stress_.blocks ? stress_.blocks : useful, fitting);
     const cudaError_t error =
         launch(args_, tagged_.data() + chunk.tensor_begin, chunk.tensor_end - chunk.tensor_begin,

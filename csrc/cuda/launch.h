@@ -21,9 +21,9 @@ struct Verdict {
 };
 
 struct Tables {  // on the device, written once
-  const TensorInfo* tensors;
-  const int32_t* tile_tensor;
-  const LayerTiles* layers;  // [num_layers + 1]
+  const Tile* tiles;
+  const int32_t* first_tile;   // [tensors + 1]
+  const LayerGroups* layers;   // [num_layers + 1]
 };
 
 struct Workspace {  // on the device; every step writes what it reads
@@ -33,7 +33,6 @@ struct Workspace {  // on the device; every step writes what it reads
   Scratch scratch;
   Verdict* verdict;
   uint32_t* group_tickets;  // zero between steps
-  uint32_t* layer_tickets;  // zero between steps
   uint32_t* block_ticket;   // zero between steps
 };
 
@@ -66,7 +65,7 @@ constexpr int kDTypeShift = 60;
 struct DeviceLimits {
   int processors;
   int blocks_per_processor;
-  int kept_tiles;  // tiles a block keeps in shared memory between the phases
+  int shared_bytes;  // of a block, beside what the kernels declare
   bool cooperative;
   bool large_table;
 };

@@ -1,4 +1,4 @@
-// From the sums of tiles to those of layers: whoever comes last adds up. Always in tile
+// From the sums of tiles to those of groups: whoever comes last adds up. Always in tile
 // order, so the result depends on neither the grid nor who that was.
 #pragma once
 
@@ -8,44 +8,80 @@
 namespace gradamp::cuda {
 
 // Adds one and wraps to zero after `count` calls; true for the last of them, which then
-// sees what the others wrote before theirs. Tickets need no reset between steps.
-__device__ inline bool is_last(uint32_t* ticket, uint32_t count) {
+// sees what the others wrote before theirs. Tickets need no reset between steps. Only the
+// last acquires: that drops what the processor holds in L1.
+__device__ inline bool is_last(uint32_t* ticket, int count) {
   uint32_t old;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+  asm volatile("atom.release.gpu.global.inc.u32 %0, [%1], %2;"
                : "=r"(old)
                : "l"(ticket), "r"(count - 1)
                : "memory");
-  return old == count - 1;
-}
-
-// The same for a whole warp whose lane 0 holds what there is to publish.
-__device__ inline bool warp_is_last(uint32_t* ticket, int count) {
-  __syncwarp();
-  int last = 0;
-  if (lane_index() == 0) last = is_last(ticket, static_cast<uint32_t>(count));
-  last = __shfl_sync(kAllLanes, last, 0);
-  __syncwarp();
-  return last;
+  if (old != static_cast<uint32_t>(count - 1)) return false;
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  return true;
 }
 
 // Sums that another processor wrote: from L2.
-__device__ inline Sums load_from_l2(const Sums* p) {
-  const double* d = reinterpret_cast<const double*>(p);
-  return {{__ldcg(d), __ldcg(d + 1), __ldcg(d + 2)},
-          {__ldcg(d + 3), __ldcg(d + 4), __ldcg(d + 5), __ldcg(d + 6)}};
+__device__ inline Moments load_from_l2(const Moments* p) {
+  return {__ldcg(&p->count), __ldcg(&p->mean), __ldcg(&p->m2)};
+}
+__device__ inline SketchSums load_from_l2(const SketchSums* p) {
+  return {__ldcg(&p->power), __ldcg(&p->dot), __ldcg(&p->before), __ldcg(&p->after)};
+}
+
+constexpr int kAtOnce = 4;
+
+// Of p[0], p[stride], ... p[3 stride], those that lie before `count`: loaded at once and with
+// one division, since whoever adds up others' sums falls behind with its own tiles.
+__device__ inline Moments total_of_some(const Sums* p, int stride, int count) {
+  Moments of[kAtOnce];
+  Moments total;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i)
+    if (i * stride < count) of[i] = load_from_l2(&p[i * stride].moments);
+  double sum = 0.0;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) total.count += of[i].count, sum += of[i].count * of[i].mean;
+  if (total.count == 0.0) return total;
+  total.mean = sum / total.count;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) {
+    const double delta = of[i].mean - total.mean;
+    total.m2 += of[i].m2 + of[i].count * delta * delta;
+  }
+  return total;
+}
+
+// Of p[0], p[stride], ... before p[count], in order; first the moments, then the sketch's, for
+// which there would be no registers.
+__device__ inline Sums total_of(const Sums* p, int stride, int count) {
+  Sums total;
+#pragma unroll 1
+  for (int i = 0; i < count; i += kAtOnce * stride)
+    total.moments = merge(total.moments, total_of_some(p + i, stride, count - i));
+#pragma unroll 2
+  for (int i = 0; i < count; i += stride) add(total.sketch, load_from_l2(&p[i].sketch));
+  return total;
 }
 
 // Sums of p[0 .. count), the same in every lane: each lane's in order, then across lanes.
 __device__ inline Sums warp_total(const Sums* p, int count) {
-  Sums mine;
-#pragma unroll 1
-  for (int i = lane_index(); i < count; i += 32) {
-    const Sums next = load_from_l2(p + i);
-    mine.moments = merge(mine.moments, next.moments);
-    add(mine.sketch, next.sketch);
-  }
+  const int lane = lane_index();
+  const Sums mine = total_of(p + lane, 32, count - lane);
   WarpGroup warp;
   return {merge_all(mine.moments, warp), add_all(mine.sketch, warp)};
+}
+
+// Those of a layer from those of its groups: in few instructions, which are run once a step and
+// come from far away.
+__device__ inline Sums layer_total(const Sums* groups, int count) {
+  Sums total = {};
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    total.moments = merge(total.moments, load_from_l2(&groups[i].moments));
+    add(total.sketch, load_from_l2(&groups[i].sketch));
+  }
+  return total;
 }
 
 __device__ inline void random_delay(uint32_t seed, int tile) {
@@ -56,29 +92,20 @@ __device__ inline void random_delay(uint32_t seed, int tile) {
   }
 }
 
-// Publishes a tile's sums; the last warp of a layer adds the layer up.
-__device__ inline void publish(const StepArgs& a, int tile, int layer, const Sums& sums) {
+// Publishes a tile's sums, which lane 0 holds; the last warp of a group adds the group up.
+__device__ inline void publish(const StepArgs& a, const Tile& tile, int number,
+                               const Sums& sums) {
   const Workspace& w = a.work;
-  const LayerTiles at = a.tables.layers[layer];
-  const bool leader = lane_index() == 0;
-  if (leader) w.tiles[tile] = sums;
-  random_delay(a.stress, tile);
-
-  const int group = (tile - at.first_tile) / kGroupTiles;
-  const int first = at.first_tile + group * kGroupTiles;
-  const int left = at.first_tile + at.tiles - first;
-  const int count = left < kGroupTiles ? left : kGroupTiles;
-  if (!warp_is_last(w.group_tickets + at.first_group + group, count)) return;
-  const Sums of_group = warp_total(w.tiles + first, count);
-  if (at.groups == 1) {
-    if (leader) w.layers[layer] = {of_group.moments, of_group.sketch};
-    return;
+  int last = 0;
+  if (lane_index() == 0) {
+    w.tiles[number] = sums;
+    random_delay(a.stress, number);
+    last = is_last(w.group_tickets + tile.group, tile.group_tiles);
   }
-  if (leader) w.groups[at.first_group + group] = of_group;
-
-  if (!warp_is_last(w.layer_tickets + layer, at.groups)) return;
-  const Sums of_layer = warp_total(w.groups + at.first_group, at.groups);
-  if (leader) w.layers[layer] = {of_layer.moments, of_layer.sketch};
+  if (!__shfl_sync(kAllLanes, last, 0)) return;
+  __syncwarp();
+  const Sums total = warp_total(w.tiles + tile.group_begin, tile.group_tiles);
+  if (lane_index() == 0) w.groups[tile.group] = total;
 }
 
 }  // namespace gradamp::cuda

@@ -13,13 +13,9 @@
 namespace gradamp::cuda {
 namespace {
 
-template <int kCapacity>
-struct AddressTable {
-  uint64_t tagged[kCapacity];
-};
-
-// Blocks of a processor at once: at most 80 registers a thread. Turing's shuffles need more.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Blocks of a processor at once: 3, at 80 registers a thread, but where that spills them.
+// What is under way of 2 is enough: 128 KB.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1000)
 constexpr int kMinBlocks = 2;
 #else
 constexpr int kMinBlocks = 3;
@@ -35,160 +31,134 @@ __device__ inline auto with_element(DType dtype, Visitor&& visit) {
   }
 }
 
-// A tile, and all that a warp needs to know to work on it.
-struct Job {
-  TileData tile;  // data null: no gradient
-  DType dtype;
-  int number;     // of the tile
-  int tensor;
-  int64_t first;  // the tile's first element in the tensor
-  int layer;  // num_layers: excluded
-  int buckets;
-  RunningMeans means;  // null: excluded
+// What every warp of a block needs to know.
+struct Common {
+  double factor;   // of selected layers, if gradients are multiplied as they are measured
+  double inverse;  // of the gradients' scale
 };
 
-template <int kCapacity>
-__device__ inline Job find_tile(const StepArgs& a, const AddressTable<kCapacity>& table, int tile) {
-  Job job = {};
-  job.number = tile;
-  job.tensor = a.tables.tile_tensor[tile];
-  const TensorInfo& info = a.tables.tensors[job.tensor];
-  const uint64_t tagged = table.tagged[job.tensor - a.tensor_begin];
-  job.dtype = static_cast<DType>(tagged >> kDTypeShift);
-  job.layer = info.layer < 0 ? a.num_layers : info.layer;
-  job.first = (tile - info.first_tile) * kTileElements;
-  const int64_t left = info.numel - job.first;
-  const int bytes = element_bytes(job.dtype);
-  const uint64_t address = tagged & ((uint64_t{1} << kDTypeShift) - 1);
-  job.tile.data = address ? reinterpret_cast<char*>(address) + job.first * bytes : nullptr;
-  job.tile.count = static_cast<int>(left < kTileElements ? left : kTileElements);
-  job.tile.first_word = info.first_word + static_cast<uint32_t>(job.first >> 5);
-  return job;
-}
-
-// Where the running means of the tile's buckets are; none for excluded tensors.
-__device__ inline void find_buckets(const StepArgs& a, Job& job) {
-  job.means.inverse = inverse_scale(a.grad_scale);
-  if (job.layer == a.num_layers) return;
-  const TensorInfo& info = a.tables.tensors[job.tensor];
-  job.tile.run_log2 = info.bucket_log2;
-  job.buckets = (job.tile.count + (1 << info.bucket_log2) - 1) >> info.bucket_log2;
-  const int32_t parity = a.state.parity[job.tensor];
-  float* const row = a.state.sketch + info.first_bucket + (job.first >> info.bucket_log2);
-  job.means.before = row + parity * a.state.buckets;
-  job.means.after = row + (1 - parity) * a.state.buckets;
-  if (lane_index() * 32 < job.buckets) prefetch(job.means.before + lane_index() * 32);
-  job.means.weight = next_weight(a.state.layers[job.layer], a.config.decay);
-}
-
-// What the first phase multiplies a tensor by: what is known before this step's sums.
-__device__ inline double standing_multiplier(const StepArgs& a, const Job& job, double factor) {
+// What the first phase multiplies a tile by: what is known before this step's sums.
+__device__ inline double standing_multiplier(const StepArgs& a, const TileFacts& facts,
+                                             const Common& common, DType dtype) {
   if (!a.write_in_first_phase) return 1.0;
-  const double own =
-      job.layer == a.num_layers ? 1.0
-                                : amplification(a.config, a.state.layers[job.layer], factor);
-  return as_applied(own * (a.unscale ? job.means.inverse : 1.0), job.dtype);
+  const double own = facts.tile.layer == a.num_layers
+                         ? 1.0
+                         : amplification(a.config, facts.layer(), common.factor);
+  return as_applied(own * (a.unscale ? common.inverse : 1.0), dtype);
 }
 
-// What a warp sets aside while its registers hold gradients.
-struct WarpMemory {
-  float buckets[kMaxBuckets];
-  SketchSums sketch;
-  Job job;
-};
-
-__device__ inline WarpMemory& warp_memory() {
-  __shared__ WarpMemory memory[kWarps];
-  return memory[warp_index()];
+__device__ inline RunningMeans find_means(const StepArgs& a, const TileFacts& facts,
+                                          const Common& common) {
+  RunningMeans means = {};
+  means.inverse = common.inverse;
+  const Tile& tile = facts.tile;
+  if (tile.layer == a.num_layers) return means;
+  float* const row = a.state.sketch + tile.first_bucket;
+  means.before = row + facts.parity * a.state.buckets;
+  means.after = row + (1 - facts.parity) * a.state.buckets;
+  means.weight = next_weight(facts.layer(), a.config.decay);
+  return means;
 }
 
-// A tile's sums from those of the lanes.
-__device__ inline void finish_tile(const StepArgs& a, const Moments& lane) {
+// Of a tile from those of the lanes.
+__device__ inline Sums tile_total(const LaneSums& lane, const Work& work) {
   WarpGroup warp;
-  Sums sums = {merge_all(lane, warp), SketchSums{}};
-  __syncwarp();
-  const WarpMemory& memory = warp_memory();
-  const Job& job = memory.job;
-  sums.moments.mean *= job.means.inverse;
-  sums.moments.m2 *= job.means.inverse * job.means.inverse;
-  if (job.means.before)
-    sums.sketch = job.tile.run_log2 == 0
-                      ? memory.sketch
-                      : add_all(fold_buckets(job.tile.run_log2, job.buckets, memory.buckets,
-                                             job.means),
-                                warp);
-  publish(a, job.number, job.layer, sums);
+  const double d = warp.sum(lane.d), d2 = warp.sum(lane.d2);
+  Sums sums = {shifted_moments(work.tile->count, work.shift, d, d2), add_all(lane.sketch, warp)};
+  sums.moments.mean *= work.means.inverse;
+  sums.moments.m2 *= work.means.inverse * work.means.inverse;
+  return sums;
 }
 
-// Measures a tile and multiplies it where that is known already.
+// Measures the tile that was started last and multiplies it where that is known already.
 template <int kCapacity>
-__device__ inline void measure_tile(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                    int tile, double factor, int kept_tiles) {
-  WarpGroup warp;
-  Job job = find_tile(a, table, tile);
-  if (job.tile.data) {
-    const int ahead = lane_index() * 128;  // what is loaded first
-    if (ahead < job.tile.count * element_bytes(job.dtype)) prefetch(job.tile.data + ahead);
-    find_buckets(a, job);
-  }
+__device__ __forceinline__ void measure_tile(const StepArgs& a,
+                                             const AddressTable<kCapacity>& table,
+                                             Stream<kCapacity>& stream, const Common& common) {
+  const TileFacts& facts = stream.facts();
+  const Tile& tile = facts.tile;
+  const int index = tile.tensor - a.tensor_begin;
+  const DType dtype = table.dtype(index);
+  char* const tensor = table.address(index);
+  Work& work = warp_memory().work;
+  if (lane_index() == 0)
+    work = {&tile, tensor + tile.first * element_bytes(dtype), work.number,
+            standing_multiplier(a, facts, common, dtype), 0.0, find_means(a, facts, common)};
   __syncwarp();
-  if (warp.rank() == 0) warp_memory().job = job;
-  __syncwarp();
-  if (!job.tile.data) return publish(a, tile, job.layer, Sums{});
-  const double multiplier = standing_multiplier(a, job, factor);
-  const Moments lane = with_element(job.dtype, [&](auto element) {
-    using E = decltype(element);
-    if (job.means.before && job.tile.run_log2 == 0) {
-      const SketchSums sums = add_all(fold_elements<E>(job.tile, job.means), warp);
-      if (warp.rank() == 0) warp_memory().sketch = sums;
-    }
-    const bool keep = sizeof(typename E::Wide) == 4 && warp_index() < kept_tiles;
-    WarpMemory& memory = warp_memory();
-    return measure_elements<E>(
-        memory.job.tile, {static_cast<typename E::Wide>(multiplier), keep, memory.buckets});
-  });
-  finish_tile(a, lane);
-}
-
-template <int kCapacity>
-__device__ inline void measure_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                     int kept_tiles) {
-  __shared__ double factor;
-  if (threadIdx.x == 0) factor = active_factor(a.config, *a.state.global, a.turn);
-  __syncthreads();
-  int tile = a.tile_begin + blockIdx.x * kWarps + warp_index();
+  LaneSums lane;
+  int begin = 0;
 #pragma unroll 1
-  while (tile < a.tile_end) {
-    const bool last = tile + static_cast<int>(gridDim.x) * kWarps >= a.tile_end;
-    measure_tile(a, table, tile, factor, last ? kept_tiles : 0);
-    tile = warp_memory().job.number + static_cast<int>(gridDim.x) * kWarps;
+  do {
+    begin = !tensor ? tile.count : with_element(dtype, [&](auto element) {
+      return measure_steps<decltype(element)>(stream, work, begin, lane);
+    });
+    stream.done();
+  } while (begin < tile.count);
+  Sums sums = {};
+  if (tensor) {
+    fold_rest(work, lane);
+    sums = tile_total(lane, work);
   }
+  publish(a, tile, work.number, sums);
+  __syncwarp();
+}
+
+// Where a warp begins. Neighbouring tiles are on different processors.
+__device__ inline int first_tile(const StepArgs& a) {
+  return a.tile_begin + static_cast<int>(blockIdx.x) + warp_index() * static_cast<int>(gridDim.x);
 }
 
 template <int kCapacity>
-__device__ inline void multiply_tiles(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                      int kept_tiles) {
+__device__ __forceinline__ void measure_tiles(const StepArgs& a,
+                                              const AddressTable<kCapacity>& table) {
+  __shared__ Common common;
+  if (threadIdx.x == 0)
+    common = {active_factor(a.config, *a.state.global, a.turn), inverse_scale(a.grad_scale)};
+  __syncthreads();
+  const int first = first_tile(a);
+  if (first >= a.tile_end) return;
+  Stream<kCapacity> stream(a, table, first);
+#pragma unroll 1
+  while (stream.start()) measure_tile(a, table, stream, common);
+}
+
+// What the second phase multiplies a tile by.
+template <int kCapacity>
+__device__ inline double final_multiplier(const StepArgs& a, const AddressTable<kCapacity>& table,
+                                          const Tile& tile, double common) {
+  const int index = tile.tensor - a.tensor_begin;
+  if (!table.address(index)) return 1.0;
+  const double own = tile.layer == a.num_layers ? 1.0 : a.work.scratch.amplified[tile.layer];
+  return as_applied(own * common, table.dtype(index));
+}
+
+// Blocks take every so many tiles; a warp's lanes look at 32 of them at once. Backwards: what
+// was read last may still be in L2.
+template <int kCapacity>
+__device__ __forceinline__ void multiply_tiles(const StepArgs& a,
+                                               const AddressTable<kCapacity>& table) {
   const Verdict verdict = *a.work.verdict;
   if (!verdict.counted) return;
   const double common = verdict.coefficient * (a.unscale ? inverse_scale(a.grad_scale) : 1.0);
-  const int warps = gridDim.x * kWarps;
-  const int first = a.tile_begin + blockIdx.x * kWarps + warp_index();
-  if (first >= a.tile_end) return;
-  // Backwards: what was read last may still be in shared memory or L2.
-  const int last = first + (a.tile_end - 1 - first) / warps * warps;
+  const int stride = gridDim.x;
 #pragma unroll 1
-  for (int tile = last; tile >= first; tile -= warps) {
-    const Job job = find_tile(a, table, tile);
-    if (!job.tile.data) continue;
-    const double own = job.layer == a.num_layers ? 1.0 : a.work.scratch.amplified[job.layer];
-    const double multiplier = as_applied(own * common, job.dtype);
-    if (multiplier == 1.0) continue;
-    const int kept = tile == last ? kept_tiles : 0;
-    with_element(job.dtype, [&](auto element) {
-      using E = decltype(element);
-      multiply_elements<E>(job.tile, multiplier,
-                           sizeof(typename E::Wide) == 4 && warp_index() < kept);
-    });
+  for (int last = a.tile_end - 1 - static_cast<int>(blockIdx.x); last >= a.tile_begin;
+       last -= 32 * stride) {
+    const int own = last - lane_index() * stride;
+    const double multiplier =
+        own < a.tile_begin ? 1.0 : final_multiplier(a, table, a.tables.tiles[own], common);
+    unsigned left = __ballot_sync(kAllLanes, multiplier != 1.0);
+#pragma unroll 1
+    for (; left != 0; left &= left - 1) {
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      const Tile& tile = a.tables.tiles[last - lane * stride];
+      const double factor = __shfl_sync(kAllLanes, multiplier, lane);
+      const int index = tile.tensor - a.tensor_begin;
+      with_element(table.dtype(index), [&](auto element) {
+        using E = decltype(element);
+        multiply_elements<E>(table.address(index) + tile.first * kElementBytes<E>, tile.count, factor);
+      });
+    }
   }
 }
 
@@ -198,8 +168,10 @@ __device__ inline void conclude(const StepArgs& a) {
   BlockGroup<kThreads> block = {scratch};
   const Workspace& w = a.work;
   GlobalState& global = *a.state.global;
-  for (int l = block.rank(); l <= a.num_layers; l += block.size())
-    if (a.tables.layers[l].tiles == 0) w.layers[l] = Sums{};
+  for (int l = block.rank(); l <= a.num_layers; l += block.size()) {
+    const LayerGroups groups = a.tables.layers[l];
+    w.layers[l] = layer_total(w.groups + groups.begin, groups.count);
+  }
   if (a.measure_only) return;
   block.barrier();
   const double factor = active_factor(a.config, global, a.turn);
@@ -211,10 +183,12 @@ __device__ inline void conclude(const StepArgs& a) {
     coefficient = apply_norm(a.config, global, w.layers, a.num_layers,
                              w.layers[a.num_layers].moments, w.scratch.amplified, block);
   if (counted) {
-    for (int64_t t = block.rank(); t < a.measured; t += block.size()) {
-      const TensorInfo& info = a.tables.tensors[t];
-      if (info.numel > 0 && __ldcg(&w.tiles[info.first_tile].moments.count) != 0.0 &&
-          is_measured(a.state.layers[info.layer], w.layers[info.layer]))
+    for (int t = block.rank(); t < a.measured; t += block.size()) {
+      const int first = a.tables.first_tile[t];
+      if (first == a.tables.first_tile[t + 1] || __ldcg(&w.tiles[first].moments.count) == 0.0)
+        continue;
+      const int layer = a.tables.tiles[first].layer;
+      if (is_measured(a.state.layers[layer], w.layers[layer]))
         a.state.parity[t] = 1 - a.state.parity[t];
     }
   }
@@ -232,8 +206,7 @@ __device__ inline void skip(const StepArgs& a) {
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     step_kernel(const __grid_constant__ StepArgs a,
-                const __grid_constant__ AddressTable<kCapacity> table, int phases,
-                int kept_tiles) {
+                const __grid_constant__ AddressTable<kCapacity> table, int phases) {
   __shared__ bool decides;
   const bool first_thread = blockIdx.x == 0 && threadIdx.x == 0;
 
@@ -243,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (first_thread && a.first_launch && !a.measure_only) skip(a);
       return;
     }
-    measure_tiles(a, table, kept_tiles);
+    measure_tiles(a, table);
     if (a.last_launch) {
       __syncthreads();
       if (threadIdx.x == 0) decides = is_last(a.work.block_ticket, gridDim.x);
@@ -252,15 +225,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
   }
   if (phases == kBoth) cooperative_groups::this_grid().sync();
-  if (phases & kMultiply) multiply_tiles(a, table, kept_tiles);
+  if (phases & kMultiply) multiply_tiles(a, table);
 }
-
-constexpr int kKeptBytes = kKeptVectors * sizeof(uint4);
 
 const void* kernel_for(int capacity) {
   return capacity == kSmallTable ? reinterpret_cast<const void*>(&step_kernel<kSmallTable>)
                                  : reinterpret_cast<const void*>(&step_kernel<kLargeTable>);
 }
+
+constexpr int kSharedBytes = sizeof(BlockMemory);  // the host's, which is the largest
 
 // Loads the kernel; blocks of it that fit on a processor at once.
 cudaError_t prepare(int capacity, int shared, int& blocks) {
@@ -276,30 +249,24 @@ cudaError_t prepare(int capacity, int shared, int& blocks) {
 }  // namespace
 
 cudaError_t inspect(DeviceLimits& limits) {
-  int current = 0, driver = 0, cooperative = 0, shared_optin = 0, shared_processor = 0;
+  int current = 0, driver = 0, cooperative = 0, most = 0;
   cudaError_t error = cudaGetDevice(&current);
   const auto attribute = [&](int& value, cudaDeviceAttr name) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, name, current);
   };
   attribute(limits.processors, cudaDevAttrMultiProcessorCount);
   attribute(cooperative, cudaDevAttrCooperativeLaunch);
-  attribute(shared_optin, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  attribute(shared_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  limits.shared_bytes = most < kSharedBytes ? most : kSharedBytes;  // Turing needs half
+  if (error == cudaSuccess)
+    error = prepare(kSmallTable, limits.shared_bytes, limits.blocks_per_processor);
   if (error != cudaSuccess) return error;
-
-  constexpr int kReserved = 10240;  // of each block: static and the system's own
-  const int per_block = shared_processor / kMinBlocks;
-  const int usable = (per_block < shared_optin ? per_block : shared_optin) - kReserved;
-  const int kept = usable < 0 ? 0 : usable / kKeptBytes;
-  limits.kept_tiles = kept < kWarps ? kept : kWarps;
   limits.cooperative = cooperative != 0;
-  const int shared = limits.kept_tiles * kKeptBytes;
-  error = prepare(kSmallTable, shared, limits.blocks_per_processor);
-  if (error != cudaSuccess) return error;
 
   int blocks = 0;
-  limits.large_table = driver >= 12010 && prepare(kLargeTable, shared, blocks) == cudaSuccess;
+  limits.large_table =
+      driver >= 12010 && prepare(kLargeTable, limits.shared_bytes, blocks) == cudaSuccess;
   if (!limits.large_table) {
     cudaGetLastError();  // a refusal of the large table is no error
   } else if (blocks < limits.blocks_per_processor) {
@@ -311,11 +278,9 @@ cudaError_t inspect(DeviceLimits& limits) {
 cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
                    int blocks, const DeviceLimits& limits, cudaStream_t stream) {
   int phase_bits = phases;
-  int kept_tiles = phases == kBoth ? limits.kept_tiles : 0;
-  void* parameters[] = {const_cast<StepArgs*>(&args), const_cast<uint64_t*>(table), &phase_bits,
-                        &kept_tiles};
+  void* parameters[] = {const_cast<StepArgs*>(&args), const_cast<uint64_t*>(table), &phase_bits};
   const void* const kernel = kernel_for(count <= kSmallTable ? kSmallTable : kLargeTable);
-  const size_t shared = static_cast<size_t>(kept_tiles) * kKeptBytes;
+  const size_t shared = phases == kMultiply ? 0 : limits.shared_bytes;
   if (phases == kBoth)
     return cudaLaunchCooperativeKernel(kernel, blocks, kThreads, parameters, shared, stream);
   return cudaLaunchKernel(kernel, blocks, kThreads, parameters, shared, stream);

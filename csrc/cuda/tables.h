@@ -9,28 +9,47 @@
 
 namespace gradamp::cuda {
 
-// A warp works on one tile at a time; 16 KB of fp32.
-constexpr int64_t kTileElements = 4096;
-// So many tiles of one layer are merged before the layer's are: one for each lane of the warp
-// that comes last, which then loads all their sums at once. (A Triton program merges 256 rows
-// at once, so its groups are of 256.)
-constexpr int kGroupTiles = 32;
+// A warp works on one tile at a time. How long those of a tensor are follows from its size
+// alone, since sums are taken by tile. In short tensors every element is a bucket of the
+// sketch, which costs most: many warps share them. Long ones spread a tile's own cost.
+constexpr int64_t tile_elements(int64_t numel) {
+  return numel < 4096 ? 512 : numel < (1 << 20) ? 4096 : numel < (8 << 20) ? 8192 : 16384;
+}
+
+// A layer's tiles are merged in groups first, of four tiles a lane, or in so many groups.
+constexpr int kMinGroupTiles = 128;
+constexpr int kMaxGroups = 32;
 
 // Addresses travel by value in the kernel's parameters, whose limit is 4 KB, or 32,764
 // bytes from driver 530 (CUDA 12.1) on. More tensors take more launches.
 constexpr int kSmallTable = 448;
 constexpr int kLargeTable = 4000;
 
-// Where a layer's tiles and groups of tiles lie; the last entry is that of the excluded tensors.
-struct LayerTiles {
-  int32_t first_tile;
-  int32_t tiles;
-  int32_t first_group;
-  int32_t groups;
+// All that is known of a tile before a step, in three vectors of 16 bytes.
+struct alignas(16) Tile {
+  int64_t first;         // its first element in the tensor
+  int64_t first_bucket;  // in a row of the sketch
+  int32_t count;         // of elements
+  int32_t tensor;
+  int32_t layer;         // num_layers: excluded
+  uint32_t first_word;   // of signs: the first element's index in the whole tensor / 32
+  int32_t bucket_log2;
+  int32_t group;
+  int32_t group_begin;   // the first tile of the group
+  int32_t group_tiles;
+};
+static_assert(sizeof(Tile) == 48);
+
+// Where a layer's groups of tiles lie.
+struct LayerGroups {
+  int32_t begin;
+  int32_t count;  // at most kMaxGroups
 };
 
 struct HostTables {
-  std::vector<LayerTiles> layers;  // [num_layers + 1]
+  std::vector<Tile> tiles;
+  std::vector<int32_t> first_tile;  // [tensors + 1]: the last is the number of tiles
+  std::vector<LayerGroups> layers;  // [num_layers + 1]; the last entry is that of the excluded
   int32_t groups;
 };
 

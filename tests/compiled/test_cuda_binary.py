@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Registers a thread for the occupancy that the kernel asks for: three blocks of 256 threads
-# on a processor of 65,536 registers, two on Turing.
-BUDGET = {75: 128}
-USUAL_BUDGET = 80
+# on a processor of 65,536 registers on Ampere to Hopper, two on Turing and Blackwell.
+USUAL_BUDGET, LARGE_BUDGET = 80, 128
 
 
 def tool(name: str) -> str:
@@ -84,11 +84,22 @@ def test_nothing_is_spilled() -> None:
 
 
 def test_16_bytes_are_moved_at_once() -> None:
-    """Four rows a step, for each dtype: in the step that measures and that which multiplies."""
+    """A step is eight rows: straight into shared memory from sm_80 on. Written are four rows of
+    each dtype at once in the first phase, and of two 16-bit ones at any address."""
     for arch, counts in code().items():
-        for kind in ("LDG", "STG"):
-            wide = sum(n for name, n in counts.items() if name.startswith(f"{kind}.E.128"))
-            assert wide >= 2 * 2 * 14, (arch, kind, wide)
+        copy = "LDGSTS.E.BYPASS" if arch >= 80 else "LDG.E"
+        copied = sum(n for name, n in counts.items() if name.startswith(f"{copy}.128"))
+        written = sum(n for name, n in counts.items() if name.startswith("STG.E.128"))
+        assert copied >= 2 * 8, (arch, copied)
+        assert written >= 2 * 4 * 6, (arch, written)
+
+
+def test_only_the_last_acquires() -> None:
+    """Of each kernel: the last of a group and of the grid, and the barrier between the phases.
+    An acquire drops what the processor holds in L1, so those that come earlier only release."""
+    for arch, counts in code().items():
+        dropped = sum(n for name, n in counts.items() if name.startswith("CCTL.IVALL"))
+        assert 0 < dropped <= 2 * 3, (arch, dropped)
 
 
 def test_registers_are_within_the_budget() -> None:
@@ -96,7 +107,8 @@ def test_registers_are_within_the_budget() -> None:
     seen = 0
     for arch, part in re.findall(r"arch = sm_(\d+)\w*(.*?)(?=arch = sm_|\Z)", text, re.DOTALL):
         for registers in re.findall(r"step_kernel.*?REG:(\d+)", part, re.DOTALL):
-            assert int(registers) <= BUDGET.get(int(arch), USUAL_BUDGET), arch
+            usual = 80 <= int(arch) < 100
+            assert int(registers) <= (USUAL_BUDGET if usual else LARGE_BUDGET), arch
             seen += 1
     assert seen == 2 * len(code())
 
@@ -117,8 +129,8 @@ def test_a_gpu_that_the_kernels_cannot_run_on_is_left_to_others(
 
 
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Instructions of each kernel of csrc/cuda/probe.cu on an H100 or H200."""
+def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The machine code of each kernel of csrc/cuda/probe.cu on an H100 or H200."""
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
@@ -128,7 +140,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     output(nvcc, *flags, "-o", cubin, source)
     text = output(tool("nvdisasm"), "-c", cubin)
     parts = re.split(r"^\.text\.(\w+):", text, flags=re.MULTILINE)
-    return {name: instructions(sass) for name, sass in zip(parts[1::2], parts[2::2], strict=True)}
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def double_precision(code: list[str]) -> list[str]:
@@ -136,15 +148,49 @@ def double_precision(code: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_double_precision_for_each_element(probe: dict[str, list[str]], dtype: str) -> None:
-    found = double_precision(probe[f"elements_{dtype}"])
+def test_no_double_precision_for_each_element(probe: dict[str, str], dtype: str) -> None:
+    found = double_precision(instructions(probe[f"elements_{dtype}"]))
     assert bool(found) == (dtype == "float64"), found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_tile_of_each_dtype(probe: dict[str, list[str]], dtype: str) -> None:
-    code = [text.split()[0] for text in probe[f"tile_{dtype}"]]
-    rows = 2 if dtype == "float64" else 4
-    for kind in ("LDG.E.128", "STG.E.128"):
-        assert sum(opcode.startswith(kind) for opcode in code) >= 2 * rows, kind
-    assert not [opcode for opcode in code if opcode.split(".")[0] in ("LDL", "STL")]
+# Instructions of half a step, four rows of 32 vectors, as they stand in the loop: what an H200
+# runs of them, for buckets of 512, is 147 for fp32 and 284 for bf16, measured with ncu. Of those
+# fp32 needs 6 an element and bf16 7: x - shift, its sum, its square's, the sign (2), the
+# signed sum, and unpacking. At 4.3 TB/s its schedulers have room for about 450, for every dtype.
+# The rest of a loop is for buckets of 16, which tensors of fewer than 131,072 elements have. In
+# fp16 products saturate, in 5 instructions for two.
+BUDGET_OF_HALF_A_STEP = {
+    "read_float32": 230, "read_bfloat16": 380, "read_float16": 380, "read_float64": 255,
+    "write_float32": 285, "write_bfloat16": 470, "write_float16": 550, "write_float64": 285,
+}  # fmt: skip
+
+
+def loops(sass: str) -> Iterator[list[str]]:
+    """The instructions of each loop."""
+    text: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(text)
+        text += instructions(line)
+        back = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)
+        if back and back[1] in labels:
+            yield text[labels[back[1]] :]
+
+
+@pytest.mark.parametrize("name", BUDGET_OF_HALF_A_STEP)
+def test_half_a_step_is_within_the_budget(probe: dict[str, str], name: str) -> None:
+    found = [
+        loop for loop in loops(probe[name]) if sum(text.startswith("LDS.128") for text in loop) >= 4
+    ]
+    inner = min(found, key=len)
+    assert len(inner) <= BUDGET_OF_HALF_A_STEP[name]
+    stores = sum(text.startswith("STG.E.128") for text in inner)
+    assert stores == (4 if name.startswith("write") else 0)
+
+
+@pytest.mark.parametrize("name", BUDGET_OF_HALF_A_STEP)
+def test_a_tile_of_each_dtype(probe: dict[str, str], name: str) -> None:
+    opcodes = [text.split()[0] for text in instructions(probe[name])]
+    assert sum(opcode.startswith("LDGSTS.E.BYPASS.128") for opcode in opcodes) >= 8
+    assert not [opcode for opcode in opcodes if opcode.split(".")[0] in ("LDL", "STL")]

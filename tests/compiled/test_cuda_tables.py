@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-TILE, GROUP, SMALL, LARGE = 4096, 32, 448, 4000
+LONGEST, SMALL, LARGE = 16384, 448, 4000
+GROUP_TILES, GROUPS = 128, 32  # the fewest tiles of a whole group, the most groups of a layer
 
 Tensors = Sequence[tuple[int, int]]  # layer (-1: excluded) and number of elements
 
@@ -39,23 +40,42 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Tensors], d
     return run
 
 
+def length(numel: int) -> int:
+    limits = ((2**12, 512), (2**20, 4096), (2**23, 8192))
+    return next((of for limit, of in limits if numel < limit), LONGEST)
+
+
 def tiles_of(numel: int) -> int:
-    return -(-numel // TILE)
+    return -(-numel // length(numel))
 
 
 def check(planned: dict[str, Any], layers: int, tensors: Tensors) -> None:
     """Every tile has one tensor and one group of its own layer, in order, without gaps."""
     tiles = [tiles_of(numel) for _, numel in tensors]
-    assert planned["tensor_runs"] == [[t, n] for t, n in enumerate(tiles) if n]
+    first_tile = [0, *accumulate(tiles)]
+    assert planned["first_tile"] == first_tile
     of_layer = [0] * (layers + 1)
     for (layer, _), count in zip(tensors, tiles, strict=True):
         of_layer[layer] += count  # -1, the excluded ones, is the last entry
-    groups = [-(-count // GROUP) for count in of_layer]
-    first_tiles = [0, *accumulate(of_layer)][:-1]
-    first_groups = [0, *accumulate(groups)][:-1]
-    rows = zip(first_tiles, of_layer, first_groups, groups, strict=True)
-    assert planned["layers"] == [list(row) for row in rows]
+    sizes = [max(GROUP_TILES, -(-count // GROUPS)) for count in of_layer]
+    groups = [-(-count // size) for count, size in zip(of_layer, sizes, strict=True)]
+    assert max(groups) <= GROUPS
+    first_groups = [0, *accumulate(groups)]
+    assert planned["layers"] == [list(row) for row in zip(first_groups, groups, strict=False)]
     assert planned["groups"] == sum(groups)
+    layer_tiles = [0, *accumulate(of_layer)]
+    for number, (t, first, count, layer, group, group_begin, group_tiles) in enumerate(
+        planned["tiles"]
+    ):
+        assert first_tile[t] <= number < first_tile[t + 1]
+        numel, of = tensors[t][1], length(tensors[t][1])
+        assert first == (number - first_tile[t]) * of
+        assert count == min(of, numel - first)
+        assert layer == tensors[t][0] % (layers + 1)
+        assert group_begin <= number < group_begin + group_tiles
+        in_layer = group - first_groups[layer]
+        assert group_begin == layer_tiles[layer] + in_layer * sizes[layer]
+        assert group_tiles == min(sizes[layer], layer_tiles[layer + 1] - group_begin)
     measured = sum(layer >= 0 for layer, _ in tensors)
     for name, capacity, count in (("small", SMALL, measured), ("large", LARGE, len(tensors))):
         chunks = planned[name]
@@ -66,7 +86,19 @@ def check(planned: dict[str, Any], layers: int, tensors: Tensors) -> None:
         assert all(c[1] - c[0] <= capacity for c in chunks)
 
 
-@pytest.mark.parametrize("numel", [0, 1, TILE - 1, TILE, TILE + 1, TILE * GROUP, TILE * GROUP + 1])
+BOUNDS = (
+    1,
+    512,
+    2**12,
+    4096 * GROUP_TILES,
+    2**20,
+    2**23,
+    LONGEST * GROUP_TILES,
+    LONGEST * GROUP_TILES * GROUPS,
+)
+
+
+@pytest.mark.parametrize("numel", [0, *(bound + i for bound in BOUNDS for i in (-1, 0, 1))])
 def test_one_tensor(plan, numel: int) -> None:
     check(plan(1, [(0, numel)]), 1, [(0, numel)])
 
@@ -100,4 +132,4 @@ def test_more_elements_than_32_bits_count(plan) -> None:
 
 def test_too_many_tiles(plan) -> None:
     with pytest.raises(AssertionError, match="several Amplifiers"):
-        plan(1, [(0, TILE * 2**31)])
+        plan(1, [(0, LONGEST * 2**31)])

@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "cuda_runtime_api.h"
+#include "cuda_pipeline_primitives.h"
 
 namespace emulator {
 
@@ -44,6 +44,7 @@ struct Block {
     kernel = entry;
     for (int i = 0; i < kBlockThreads; ++i) {
       Fiber& fiber = fibers[i];
+      copies_under_way[i].clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
       fiber.context.uc_link = &scheduler;

@@ -29,13 +29,18 @@ ORDER += ("decay", "min_steps", "refresh", "schedule_unit", "seed", "grow", "max
 # Assembly, and shared memory whose size the launch says, in what the host's compiler takes. The
 # memory orders are those that stand in the assembly.
 REPLACED = (
-    (r'asm volatile\("mov.u32 %0, %%laneid;"[^;]*;', "lane = threadIdx.x % 32;"),
-    (r'asm volatile\("mov.u32 %0, %%tid.x;"[^;]*;', "thread = threadIdx.x;"),
+    (r'asm\("mov.u32 %0, %%laneid;"[^;]*;', "lane = threadIdx.x % 32;"),
     (r'asm volatile\("atom\.(\w+)\.gpu\.global\.inc\.u32[^;]*;"[^;]*;',
      r"old = emulator::increment<std::memory_order_\1>(ticket, count - 1);"),
-    (r'asm volatile\("prefetch.L2 [^;]*;"[^;]*;', "static_cast<void>(p);"),
+    (r'asm volatile\("fence\.(\w+)\.gpu;"[^;]*;',
+     r"emulator::fence<std::memory_order_\1>(ticket);"),
     (r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = emulator::shared_memory<\1>();"),
 )  # fmt: skip
+# Tables of three tensors and groups of four tiles, so that small models have several.
+SMALL = (
+    (r"constexpr int kSmallTable = \d+;", "constexpr int kSmallTable = 3;"),
+    (r"constexpr int kMinGroupTiles = \d+;", "constexpr int kMinGroupTiles = 4;"),
+)
 SOURCES = ("tiles.cpp", "cuda/engine.cpp", "cuda/memory.cpp", "cuda/tables.cpp")
 
 
@@ -76,10 +81,9 @@ def compile_copy(
 
 
 def compiled(compiler: str, folder: Path) -> ctypes.CDLL:
-    """The library of emulator.cpp, built in an empty folder; its small tables hold 3 tensors."""
+    """The library of emulator.cpp, built in an empty folder; its tables and groups are small."""
     library = folder / "emulated.so"
-    small = (r"constexpr int kSmallTable = \d+;", "constexpr int kSmallTable = 3;")
-    compile_copy(compiler, folder, library, ["-shared", "-fPIC"], [small])
+    compile_copy(compiler, folder, library, ["-shared", "-fPIC"], SMALL)
     loaded = ctypes.CDLL(str(library))
     loaded.emulated_new.restype = loaded.runtime_begin_capture.restype = ctypes.c_void_p
     loaded.emulated_problem.restype = loaded.runtime_log.restype = ctypes.c_char_p

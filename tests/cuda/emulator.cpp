@@ -22,7 +22,7 @@ template <int kCapacity>
 void call() {
   step_kernel<kCapacity>(*static_cast<StepArgs*>(arguments[0]),
                          *static_cast<AddressTable<kCapacity>*>(arguments[1]),
-                         *static_cast<int*>(arguments[2]), *static_cast<int*>(arguments[3]));
+                         *static_cast<int*>(arguments[2]));
 }
 
 cudaError_t run(const char* how, const void* kernel, int blocks, void** parameters,
@@ -95,7 +95,7 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
                    float* sketch, int64_t buckets, int32_t* parity) {
   std::vector<TensorInfo> infos;
   for (int64_t t = 0; t < tensors; ++t)
-    infos.push_back({numel[t], 0, first_bucket[t], layer[t], bucket_log2[t], first_word[t]});
+    infos.push_back({numel[t], 0, first_bucket[t], layer[t], bucket_log2[t], first_word[t], 0});
   Config c;
   c.measure = static_cast<Measure>(options[0]);
   c.threshold = static_cast<Threshold>(options[1]);
@@ -121,7 +121,7 @@ void* emulated_new(const int32_t* layer, const int64_t* numel, const int32_t* bu
                            parity};
   std::unique_ptr<Engine> engine;
   succeeds([&] {
-    engine = make_engine(Tiling(infos, layers, kTileElements), c, state,
+    engine = make_engine(Tiling(infos, layers, tile_elements), c, state,
                          {at::Tensor(1, "values"), at::Tensor(1, "sketch"), at::Tensor(1, "parity")},
                          at::Device());
   });

@@ -4,8 +4,8 @@
 
 namespace {
 
-// Layer (-1: excluded) and elements: a layer of several groups of tiles, which any number of
-// blocks share, and what is smaller than a tile.
+// Layer (-1: excluded) and elements: layers of several groups of tiles, which any number of
+// blocks share, and tensors with buckets of every length.
 constexpr int32_t kLayer[] = {0, 0, 1, 1, -1};
 constexpr int64_t kNumel[] = {36 * 4096 + 5, 700, 3000, 8192, 600};
 constexpr int kTensors = 5, kLayers = 2;
@@ -63,8 +63,8 @@ uint64_t run(const Kind& kind, int blocks, uint32_t seed) {
       for (float& x : gradients[t]) x = static_cast<float>(random()) * 0x1p-32f - 0.4f;
       addresses[t] = gradients[t].data();
     }
-    if (!emulated_step(engine, addresses, dtypes, nullptr, nullptr, 1, nullptr, written, blocks, 1,
-                       seed + step)) {
+    if (!emulated_step(engine, addresses, dtypes, nullptr, nullptr, 1, 1, 1, nullptr, written, blocks,
+                       1, seed + step)) {
       std::printf("%s: %s\n", kind.name, emulated_problem());
       std::exit(1);
     }

@@ -26,8 +26,7 @@ std::string lines;
 
 // What it answers.
 std::map<std::string, int> answers = {{"driver", 13000}, {"processors", 2}, {"cooperative", 1},
-                                      {"blocks", 3},     {"static", 9232},  {"reserved", 1024},
-                                      {"run", 1}};  // 0: launches are logged, and no more
+                                      {"blocks", 3},     {"run", 1}};  // 0: launches are logged, and no more
 std::map<std::string, std::deque<int>> errors;  // of the next calls by that name; 0: none
 long capturing_stream = -1;
 unsigned long long captures = 0;
@@ -57,15 +56,13 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, standin::outcome("count"); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-  const int values[] = {standin::answers["processors"], standin::answers["cooperative"],
-                        227 << 10, 228 << 10, standin::answers["reserved"]};
+  const int values[] = {standin::answers["processors"], standin::answers["cooperative"], 227 << 10};
   return *value = values[name], cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
   return *version = standin::answers["driver"], cudaSuccess;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  attributes->sharedSizeBytes = standin::answers["static"];
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
   return standin::outcome("load");
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {

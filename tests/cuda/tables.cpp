@@ -25,20 +25,20 @@ int main(int argc, char** argv) {
   std::vector<gradamp::TensorInfo> tensors;
   for (int i = 2; i + 1 < argc; i += 2)
     tensors.push_back({.numel = std::atoll(argv[i + 1]), .layer = std::atoi(argv[i])});
-  const gradamp::Tiling tiling(tensors, std::atoll(argv[1]), kTileElements);
+  const gradamp::Tiling tiling(tensors, std::atoll(argv[1]), tile_elements);
   const HostTables tables = make_tables(tiling);
   std::printf("{\"groups\": %d, \"layers\": [", tables.groups);
-  for (size_t l = 0; l < tables.layers.size(); ++l) {
-    const LayerTiles& t = tables.layers[l];
-    std::printf("%s[%d, %d, %d, %d]", l ? ", " : "", t.first_tile, t.tiles, t.first_group, t.groups);
-  }
-  // The map from tiles to tensors, run by run.
-  std::printf("], \"tensor_runs\": [");
-  const auto& map = tiling.tile_tensor;
-  for (size_t begin = 0, end; begin < map.size(); begin = end) {
-    for (end = begin; end < map.size() && map[end] == map[begin]; ++end) {
-    }
-    std::printf("%s[%d, %zu]", begin ? ", " : "", map[begin], end - begin);
+  for (size_t l = 0; l < tables.layers.size(); ++l)
+    std::printf("%s[%d, %d]", l ? ", " : "", tables.layers[l].begin, tables.layers[l].count);
+  std::printf("], \"first_tile\": [");
+  for (size_t t = 0; t < tables.first_tile.size(); ++t)
+    std::printf("%s%d", t ? ", " : "", tables.first_tile[t]);
+  std::printf("], \"tiles\": [");
+  for (size_t i = 0; i < tables.tiles.size() && i < 4096; ++i) {
+    const Tile& t = tables.tiles[i];
+    std::printf("%s[%d, %lld, %d, %d, %d, %d, %d]", i ? ", " : "", t.tensor,
+                static_cast<long long>(t.first), t.count, t.layer, t.group, t.group_begin,
+                t.group_tiles);
   }
   std::printf("], \"small\": ");
   print_chunks(tiling, tiling.measured, kSmallTable);

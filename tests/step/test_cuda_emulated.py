@@ -150,6 +150,20 @@ def test_alignment_changes_no_bit(emulated: Any, dtype: torch.dtype, options: di
         assert all(same_bits(a, b) for a, b in zip(reference, gradients, strict=True))
 
 
+@pytest.mark.parametrize("value", [1e12, -1e17, 3e-20])
+@pytest.mark.parametrize("size", [33, 8193])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_elements_have_no_variance(value: float, size: int, dtype: torch.dtype) -> None:
+    """Nor do they count as not finite, however large or small."""
+    model = bare({"a.w": (size,)}, dtype)
+    amplifier = HERE.amplifier(model)
+    model.get_parameter("a.w").grad = torch.full((size,), value, dtype=dtype)
+    amplifier.step()
+    row = amplifier.report().layers[0]
+    assert row.steps == 1
+    assert 0 <= row.variance <= (1e-7 * value) ** 2
+
+
 def test_launches(emulated: Any) -> None:
     model = bare({f"m{i}.w": (i % 3,) for i in range(30)})
     stream = Stream(model)

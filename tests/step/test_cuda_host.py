@@ -97,7 +97,7 @@ def test_grids_fill_the_gpu_and_no_more(backend: Any, cooperative: int) -> None:
     for name, value in ((b"processors", 3), (b"blocks", 2), (b"cooperative", cooperative)):
         backend.library.runtime_answer(name, value)
     try:
-        for tensors, blocks in ((1, 1), (8, 1), (9, 2), (100, 6)):
+        for tensors, blocks in ((1, 1), (5, 5), (7, 6), (100, 6)):
             log = log_of_step(backend, made(tensors, timing="exact"))
             assert all(f", {blocks} blocks," in line for line in log if "launch" in line), log
             assert len(launches(log)) == 2 - cooperative

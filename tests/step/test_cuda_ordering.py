@@ -13,17 +13,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 import pytest
-from cuda.emulated import HERE, compile_copy
+from cuda.emulated import HERE, SMALL, compile_copy
 
 Changes = Sequence[tuple[str, str]]
 
 # GCC's way to leave out what the sanitizer's shadow stack is for: fibers switch stacks.
 FLAGS = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
-SMALL_TABLES = (r"constexpr int kSmallTable = \d+;", "constexpr int kSmallTable = 3;")
+NO_ACQUIRE = (r"fence\.acq_rel\.gpu", "fence.release.gpu")
 MUTANTS: dict[str, Changes] = {
-    "tickets order nothing": [(r"atom\.acq_rel\.gpu", "atom.relaxed.gpu")],
-    "tickets release nothing": [(r"atom\.acq_rel\.gpu", "atom.acquire.gpu")],
-    "the last ticket acquires nothing": [(r"atom\.acq_rel\.gpu", "atom.release.gpu")],
+    "tickets order nothing": [(r"atom\.release\.gpu", "atom.relaxed.gpu"), NO_ACQUIRE],
+    "tickets release nothing": [(r"atom\.release\.gpu", "atom.relaxed.gpu")],
+    "the last ticket acquires nothing": [NO_ACQUIRE],
     "no barrier between the phases": [
         (r"if \(phases == kBoth\) cooperative_groups::this_grid\(\)\.sync\(\);", "")
     ],
@@ -32,7 +32,7 @@ MUTANTS: dict[str, Changes] = {
     ],
     "the last of a group reads before its ticket": [
         (
-            r"(  if \(!warp_is_last\(w\.group_tickets[^\n]*\n)(  const Sums of_group[^\n]*\n)",
+            r"(?s)(  int last = 0;\n.*?)(  const Sums total = warp_total[^\n]*\n)",
             r"\2\1",
         )
     ],
@@ -58,7 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Changes], tuple[i
         folder = tmp_path_factory.mktemp("ordering")
         program = folder / "ordering"
         main = HERE / "ordering.cpp"
-        compile_copy(compiler, folder, program, FLAGS, [SMALL_TABLES, *changes], main)
+        compile_copy(compiler, folder, program, FLAGS, [*SMALL, *changes], main)
         done = subprocess.run(
             [*fixed, program],
             env=environ,

@@ -14,6 +14,7 @@
 #define __grid_constant__
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
 #define __builtin_assume(...)
 
@@ -52,6 +53,12 @@ uint32_t increment(uint32_t* ticket, uint32_t last) {
   }
   delay();
   return old;
+}
+// What the sanitizer, which knows of no fences, sees of one behind a ticket that was the last.
+template <std::memory_order kOrder>
+void fence(uint32_t* ticket) {
+  if (kOrder == std::memory_order_acq_rel)
+    std::atomic_ref<uint32_t>(*ticket).load(std::memory_order_acquire);
 }
 long long clock();
 
@@ -94,6 +101,13 @@ T __shfl_sync(unsigned, T value, int source, int width = 32) {
   const int lane = threadIdx.x % 32;
   return emulator::shuffle(value, lane / width * width + source % width);
 }
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane)
+    votes |= static_cast<unsigned>(emulator::shuffle(vote, lane)) << lane;
+  return votes;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 template <class T>
 T __ldcg(const T* p) {
   return *p;
@@ -138,16 +152,12 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrCooperativeLaunch,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-  cudaDevAttrReservedSharedMemoryPerBlock,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 enum { cudaEventDisableTiming = 2, cudaUserObjectNoDestructorSync = 1, cudaGraphUserObjectMove = 1 };
-struct cudaFuncAttributes {
-  size_t sharedSizeBytes;
-};
+struct cudaFuncAttributes {};
 
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);
