@@ -308,7 +308,13 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         reference.decide(expected, rules, torch.tensor(5.0), torch.tensor(17.0), factor)
         numbers = torch.tensor(configuration(rules), dtype=torch.float64)
         decide_kernel[(1,)](
-            actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers, 5, 17.0
+            actual.values,
+            numbers,
+            torch.zeros(layers, dtype=torch.float64),
+            layers,
+            5,
+            17.0,
+            rules.grow,
         )
         tau, other = expected.scalar("threshold"), actual.scalar("threshold")
         assert torch.allclose(tau, other, rtol=1e-12, atol=1e-12, equal_nan=True)
