@@ -159,6 +159,7 @@ class CudaEngine final : public Engine {
         arena.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
     const size_t tickets = arena.reserve<uint32_t>(tables.groups);
     const size_t block_ticket = arena.reserve<uint32_t>(1);
+    const size_t claims = arena.reserve<uint32_t>(1);
     work_begin_ = arena.reserve<Sums>(tiling_.num_tiles);
     const size_t groups = arena.reserve<Sums>(tables.groups);
     const size_t layer_sums = arena.reserve<Sums>(layers + 1);
@@ -178,7 +179,8 @@ class CudaEngine final : public Engine {
                   {arena.at<double>(scores), arena.at<double>(amplified)},
                   arena.at<Verdict>(verdict),
                   arena.at<uint32_t>(tickets),
-                  arena.at<uint32_t>(block_ticket)};
+                  arena.at<uint32_t>(block_ticket),
+                  arena.at<uint32_t>(claims)};
     layer_sums_ = args_.work.layers;
     args_.num_layers = static_cast<int32_t>(layers);
     args_.measured = static_cast<int32_t>(tiling_.measured);

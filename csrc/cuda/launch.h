@@ -34,6 +34,7 @@ struct Workspace {  // on the device; every step writes what it reads
   Verdict* verdict;
   uint32_t* group_tickets;  // zero between steps
   uint32_t* block_ticket;   // zero between steps
+  uint32_t* claims;         // of tiles; zero between launches
 };
 
 struct StepArgs {

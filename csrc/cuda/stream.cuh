@@ -125,9 +125,10 @@ struct Step {
 template <int kCapacity>
 class Stream {
  public:
-  // Tiles first, first + stride(), ... of the launch.
+  // Tiles first, first + warps(), and then whichever no other warp has claimed: a few processors
+  // are a third slower than the others. Sums are taken by tile, so it shows in none who takes it.
   __device__ Stream(const StepArgs& a, const AddressTable<kCapacity>& table, int first)
-      : a_(a), table_(table), next_(first) {
+      : a_(a), table_(table), next_(first), after_next_(first + warps()) {
     if (lane_index() == 0) warp_memory().work.number = -1;
     fetch_facts(0);
     __pipeline_commit();
@@ -137,13 +138,10 @@ class Stream {
     for (int i = 0; i < kStages; ++i) done();
   }
 
-  // Neighbouring tiles are on different processors.
-  __device__ static int stride() { return static_cast<int>(gridDim.x) * kWarps; }
-
   // Goes on to the next tile, once the last step of that before is done, and waits for its
   // first step; false: there is none.
   __device__ __forceinline__ bool start() {
-    const int opened = next_ - stride();
+    const int opened = facts().tile.number;
     if (warp_memory().work.number == opened) return false;
 #pragma unroll 1
     while (taken_ < facts().opened_at) done();
@@ -185,6 +183,20 @@ class Stream {
   }
   __device__ __forceinline__ int next_slot() const { return slot_ == 2 ? 0 : slot_ + 1; }
 
+  __device__ static int warps() { return static_cast<int>(gridDim.x) * kWarps; }
+
+  // The tile after the next. Nothing waits for its number until the next one is opened. Every
+  // warp claims once in vain, so the counter wraps to zero with a launch's last claim.
+  __device__ __forceinline__ void claim() {
+    const int unassigned = a_.tile_end - a_.tile_begin - 2 * warps();
+    if (unassigned <= 0) {
+      after_next_ = a_.tile_end;
+    } else if (lane_index() == 0) {
+      const unsigned last = unassigned + warps() - 1;
+      after_next_ = a_.tile_end - unassigned + static_cast<int>(atomicInc(a_.work.claims, last));
+    }
+  }
+
   __device__ __forceinline__ void fetch_facts(int slot) {
     const int lane = lane_index();
     if (next_ < a_.tile_end && lane < 3)
@@ -213,7 +225,8 @@ class Stream {
       if (lane == kLayerFacts)
         __pipeline_memcpy_async(&facts.parity, a_.state.parity + tile.tensor, 4);
     }
-    next_ += stride();
+    next_ = __shfl_sync(kAllLanes, after_next_, 0);
+    if (next_ < a_.tile_end) claim();
     fetch_facts(next_slot());
   }
 
@@ -270,6 +283,7 @@ class Stream {
   const char* at_ = nullptr;  // of the opened tile, what was not issued yet
   int left_ = 0;              // bytes
   int next_;                  // tile
+  int after_next_;            // tile, in lane 0
   int slot_ = 2;              // of the opened tile
   int taken_ = -kStages;      // steps
   bool known_ = false;        // the next tile's facts are there

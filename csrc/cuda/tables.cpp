@@ -17,11 +17,12 @@ void add_tiles(const TensorInfo& tensor, int32_t index, int32_t layers, std::vec
     Tile tile = {};
     tile.first = first;
     tile.first_bucket = tensor.first_bucket + (first >> tensor.bucket_log2);
-    tile.count = static_cast<int32_t>(std::min(length, tensor.numel - first));
+    tile.number = static_cast<int32_t>(tiles.size());
+    tile.count = static_cast<uint16_t>(std::min(length, tensor.numel - first));
     tile.tensor = index;
     tile.layer = excluded ? layers : tensor.layer;
     tile.first_word = tensor.first_word + static_cast<uint32_t>(first >> 5);
-    tile.bucket_log2 = excluded ? 9 : tensor.bucket_log2;
+    tile.bucket_log2 = static_cast<uint16_t>(excluded ? 9 : tensor.bucket_log2);
     tiles.push_back(tile);
   }
 }

@@ -29,11 +29,12 @@ constexpr int kLargeTable = 4000;
 struct alignas(16) Tile {
   int64_t first;         // its first element in the tensor
   int64_t first_bucket;  // in a row of the sketch
-  int32_t count;         // of elements
+  int32_t number;
   int32_t tensor;
   int32_t layer;         // num_layers: excluded
   uint32_t first_word;   // of signs: the first element's index in the whole tensor / 32
-  int32_t bucket_log2;
+  uint16_t count;        // of elements
+  uint16_t bucket_log2;
   int32_t group;
   int32_t group_begin;   // the first tile of the group
   int32_t group_tiles;

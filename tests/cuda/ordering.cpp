@@ -5,9 +5,10 @@
 namespace {
 
 // Layer (-1: excluded) and elements: layers of several groups of tiles, which any number of
-// blocks share, and tensors with buckets of every length.
+// blocks share, and tensors with buckets of every length. Warps of one block and of three claim
+// some of the tiles; those of five have no more than two each.
 constexpr int32_t kLayer[] = {0, 0, 1, 1, -1};
-constexpr int64_t kNumel[] = {36 * 4096 + 5, 700, 3000, 8192, 600};
+constexpr int64_t kNumel[] = {48 * 4096 + 5, 700, 3000, 8192, 600};
 constexpr int kTensors = 5, kLayers = 2;
 
 struct Kind {

@@ -101,6 +101,9 @@ T __shfl_sync(unsigned, T value, int source, int width = 32) {
   const int lane = threadIdx.x % 32;
   return emulator::shuffle(value, lane / width * width + source % width);
 }
+inline unsigned atomicInc(unsigned* counter, unsigned last) {
+  return emulator::increment<std::memory_order_relaxed>(counter, last);
+}
 inline unsigned __ballot_sync(unsigned, bool vote) {
   unsigned votes = 0;
   for (int lane = 0; lane < 32; ++lane)
