@@ -242,6 +242,7 @@ bool Stepper::look_at_members(const char* only) {
     const int32_t layer = layer_[begin];
     bool any = false, fresh = true, complete = true, as_before = true, all_members = true;
     for (end = begin; end < measured && layer_[end] == layer; ++end) {
+      if (numel_[end] == 0) continue;
       if (gradients_[end].defined()) {
         any = true;
         as_before = as_before && lies_as_before(end);
@@ -257,9 +258,12 @@ bool Stepper::look_at_members(const char* only) {
     if (!any) continue;
     if (!as_before || (!all_members && !fresh)) return false;
     if (fresh)
-      for (size_t i = begin; i < end; ++i) flags[i] = gradients_[i].defined();
-    if (!complete && lacking[layer] + 1 == kLackingForLong) return false;
-    lacking[layer] = complete ? 0 : lacking[layer] + 1;
+      for (size_t i = begin; i < end; ++i) flags[i] = gradients_[i].defined() && numel_[i] > 0;
+    if (complete) {
+      lacking[layer] = std::min<int64_t>(lacking[layer], 0);
+    } else if (lacking[layer] < 0 || ++lacking[layer] == kLackingForLong) {
+      return false;
+    }
   }
   return true;
 }

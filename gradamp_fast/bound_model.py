@@ -73,7 +73,7 @@ class BoundModel:
         self._backend: backends.Stepping | None = None
         self._excluded: frozenset[int] = frozenset()
         self._shares: dict[int, int] = {}
-        self._rounds = Rounds()
+        self._rounds = Rounds(once=self.rules.grow)
         self._owned: list[int] = []
         self._skeleton: Skeleton | None = None
         self._unlooked = 0  # steps since the model was compared

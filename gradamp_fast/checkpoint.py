@@ -59,7 +59,8 @@ def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) 
 
     ValueError, and nothing written, if it does not fit.
     """
-    if missing := [key for key in _KEYS if key not in stored]:
+    keys = _KEYS if stored.get("schema") == 2 else (*_KEYS, "members")
+    if missing := [key for key in keys if key not in stored]:
         raise ValueError(f"not the state dict of an Amplifier: {', '.join(missing)} missing")
     fields, numbers = _fields(stored)
     of_options = (

@@ -111,11 +111,13 @@ def _try(
     distinct = {repr(pair): pair for pair in zip(groups, shapes, strict=True) if pair[1]}
     if not distinct:
         return None
-    with _undisturbed(device):
+    ours: list[Parameter] = []
+    with _undisturbed(device, ours):
         ways = []
         for size in (1.0, 2.0):
             torch.manual_seed(0)
             pairs = [(options, _parameters(shape, device)) for options, shape in distinct.values()]
+            ours += [p for _, own in pairs for p in own]
             trial = kind([{**options, "params": own} for options, own in pairs], **arguments)
             ways.append(_ways(trial, [own for _, own in pairs], size))
         ratios = [float(twice / once) for once, twice in zip(*ways, strict=True)]
@@ -220,8 +222,17 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Random states, hooks, warnings, modes and defaults are afterwards what they were."""
+def _undisturbed(device: torch.device, ours: Sequence[Parameter]) -> Iterator[None]:
+    """Random states, hooks, warnings, modes and defaults are afterwards what they were.
+
+    A class that steps an optimizer of others than ``ours`` is stopped before it does.
+    """
+
+    def stop(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        known = {id(p) for p in ours}
+        if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError("the trial of an optimizer would step another one")
+
     numpy = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
     hooks: tuple[dict[int, Any], ...] = (
@@ -233,6 +244,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     try:
         for each in hooks:
             each.clear()
+        hooks[0][-1] = stop
         with (
             torch.random.fork_rng(on_gpu),
             contextlib.nullcontext() if torch.get_default_device() == device else device,
@@ -246,6 +258,7 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             yield
     finally:
         for each, items in zip(hooks, kept, strict=True):
+            each.clear()
             each.update(items)
         random.setstate(states[0])
         if numpy is not None:

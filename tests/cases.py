@@ -197,6 +197,12 @@ def vector(tensor: Tensor) -> np.ndarray:
     return reals(tensor.permute(order).contiguous()).double().flatten().cpu().numpy()
 
 
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions from the outermost in memory to the innermost, but for those of one element."""
+    longer = [dim for dim in range(tensor.dim()) if tensor.shape[dim] > 1 and tensor.numel()]
+    return tuple(sorted(longer, key=lambda dim: -tensor.stride(dim)))
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The tensor as integers, so that equality is equality of bits."""
     flat = reals(tensor.detach()).contiguous()
@@ -330,6 +336,7 @@ class Twin:
             grad_scale=None if amp.get("grad_scale") is None else float(amp["grad_scale"]),
             found_inf=marked,
             unscale=amp.get("unscale", True),
+            orders={name: memory_order(g) for name, g in before.items()},
         )
         if multipliers is not None:
             self.check_written(before, multipliers)

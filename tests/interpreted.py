@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import triton
-import triton.language as tl  # noqa: F401  # the interpreter looks for it
+import triton.language as tl
 
 from gradamp_fast.backends.triton.decide import active_factor, decide
 
 
 @triton.jit
-def decide_kernel(values, config, scores, layers, decision, step):
-    decide(values, config, scores, layers, decision, step, active_factor(values, config, 1))
+def decide_kernel(values, config, scores, layers, decision, step, GROWS: tl.constexpr):
+    decide(values, config, scores, layers, decision, step, active_factor(values, config, 1), GROWS)

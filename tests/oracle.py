@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 Vector = np.ndarray
+Order = tuple[int, ...] | None
 
 # Of growing amplification.
 LOW = 0.1  # a mean direction above it: the learning rate is low
@@ -70,7 +71,8 @@ class Layer:
     settled: bool = False
     V_min: float = math.inf
     means: dict[str, Vector] = field(default_factory=dict)  # fp32, one entry a bucket
-    members: set[str] = field(default_factory=set)  # parameters that had a gradient so far
+    # Parameters that had a gradient so far, and the order of its elements in memory.
+    members: dict[str, Order] = field(default_factory=dict)
 
     def restart(self) -> None:
         self.k = 0
@@ -78,12 +80,12 @@ class Layer:
         self.V_min = math.inf
         self.means.clear()
 
-    def meet(self, names: set[str]) -> None:
-        """Those have a gradient now; one that never had one makes the layer begin anew."""
-        if self.members and names - self.members:
+    def meet(self, now: Mapping[str, Order]) -> None:
+        """Those have a gradient; a first one, or one in another order, begins the layer anew."""
+        if self.members and any(self.members.get(name, "none") != now[name] for name in now):
             self.restart()
             self.selected, self.a, self.settled = False, 1.0, False
-        self.members |= names
+        self.members |= now
 
     @property
     def surging(self) -> bool:
@@ -282,6 +284,7 @@ class Oracle:
         grad_scale: float | None = None,
         found_inf: bool = False,
         unscale: bool = True,
+        orders: Mapping[str, Order] | None = None,
     ) -> dict[str, float] | None:
         """What each gradient given is multiplied by, before rounding; None: a skipped step."""
         if not gradients:
@@ -294,7 +297,7 @@ class Oracle:
         }
         present = {n: of for n, of in present.items() if sum(g.size for g in of.values())}
         for layer, of in present.items():
-            self.layers[layer].meet({name for name, g in of.items() if g.size})
+            self.layers[layer].meet({n: (orders or {}).get(n) for n, g in of.items() if g.size})
         finite = all(np.isfinite(g).all() for of in present.values() for g in of.values())
         self.now = self.steps
         standing = self.factors()
@@ -304,7 +307,7 @@ class Oracle:
             return None
 
         for name, of in present.items():
-            if self.layers[name].members <= set(of):
+            if set(self.layers[name].members) <= set(of):
                 self.update(self.layers[name], of)
         counted = self.steps - self.skipped_steps
         if self.refresh != "epoch" and counted % self.refresh == 0:

@@ -23,8 +23,8 @@ from gradamp_fast.plot import heatmap
 from gradamp_fast.report.table import render
 
 # The warm-up is over when growth may begin, after 50 steps: an epoch has 22.
-TUNED = Recipe(arch="resnet18", width=0.5, epochs=13, batch=64, lr=0.3, warmup=0.1)
-TOO_LOW = 500  # times lower
+TUNED = Recipe(arch="resnet18", width=0.5, epochs=13, batch=64, lr=0.06, warmup=0.1)
+TOO_LOW = 100  # times lower
 
 
 def outcome(plain: Result, growing: Result, tuned: Result, images: int) -> list[str]:

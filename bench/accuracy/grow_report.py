@@ -15,7 +15,7 @@ from bench.docs import table as markdown
 
 _PART = re.compile(r"(<!-- grow: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HARM = 1.5  # points below plain at the same rate
-NOTHING = "Not measured yet."
+NOTHING = "Not measured yet (`python -m bench.accuracy grow`; the larger grid with `--edge`)."
 NEAR = 2.0  # points below the best plain rate
 
 

@@ -111,8 +111,8 @@ print(json.dumps(describe_machine(torch.device('cuda'))))"
         Part("machine", 0.55, [PYTHON, "-c", machine]),
         bars("bars", 0.75, "host_time", "rates", "exactness", "clipping", "alignment"),
         tests("triton-cuda", 0.88, "triton_gpu", "test", 2),
-        tests("step-tests", 0.88, "step norms amp statistics layouts sketch checkpoint",
-              "cuda and not triton", 8),
+        tests("step-tests", 0.88, "statistics step norms amp layouts sketch checkpoint grow "
+              "fp16_saturates rounds_and_members", "cuda and not triton", 8),
         Part("doctor", 0.88, [PYTHON, "-m", "gradamp_fast", "doctor"]),
         Part("benchmarks", 0.95, [PYTHON, "-m", "bench.parts", "--out", str(out)], alone=True),
         bars("ncu", 1.0, "dram_bytes", tool="ncu"),

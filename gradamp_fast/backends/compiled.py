@@ -58,7 +58,7 @@ class CompiledBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
-        self.state.begin_anew(self.plan, self.reader.anew)
+        self.state.heed_members(self.plan)
         if outcome == _MEMBERS:
             return Outcome(self.compiled.step(*call, members_known=True))
         self._step_gradients(gradients, call, None)

@@ -71,7 +71,7 @@ class ShardedBackend(Stepping):
             return gradients
         self.settle()
         state, rules = self.state, self.rules
-        state.begin_anew(self.plan, self.reader.anew)
+        state.heed_members(self.plan)
         before = reference.standing(state, rules, call)
         self._measure(gradients, call)
         added_up = self._add_up(gradients, before)

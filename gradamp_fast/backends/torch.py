@@ -30,7 +30,7 @@ class TorchBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
-        self.state.begin_anew(self.plan, self.reader.anew)
+        self.state.heed_members(self.plan)
         reference.step(self.plan, self.state, self.rules, gradients, call)
         self.reader.write_back(call)
         return Outcome.DONE

@@ -25,7 +25,6 @@ class GradientReader:
 
     Attributes:
         members: where it is noted who had a gradient; None: nowhere.
-        anew: layers that begin anew because of what was read last.
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class GradientReader:
         self.plan = plan
         self.device = device
         self.members = members
-        self.anew: list[int] = []
         self._needs_norm = needs_norm
         self._had_gradient = [False] * len(plan.slots)
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -96,7 +94,7 @@ class GradientReader:
             if want:
                 self._had_gradient[index] = gradients[index] is not None
         if self.members is not None:
-            self.anew = self.members.look(plan, gradients, wanted)
+            self.members.look(plan, gradients, wanted)
         return [None if g is None else self._flat(g) for g in gradients]
 
     def refuse_shared_memory(self, gradients: Sequence[Tensor | None]) -> None:

@@ -28,15 +28,20 @@ class Members:
             stepper reads and writes them.
         orders: of each measured slot, the dimensions from the outermost in memory to the
             innermost; None for row-major order.
-        lacking: of each layer, how many steps in a row had some of its gradients, but not all.
-            Written by the compiled stepper as well.
+        lacking: of each layer, how many steps in a row had some of its gradients, but not all; -1
+            before the first of them. Written by the compiled stepper as well.
+        anew: layers that begin anew because of what was looked at last.
+        untold: layers whose state has to be told how many elements their members have: it takes
+            the first step that it measures for one of all members.
         restored: how often all this was forgotten, or came out of a checkpoint.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.flags = bytearray(plan.measured)
         self.orders: list[Order] = [None] * plan.measured
-        self.lacking = array("q", [0] * len(plan.layers))
+        self.lacking = array("q", [-1] * len(plan.layers))
+        self.anew: list[int] = []
+        self.untold: list[int] = []
         self.restored = 0
         self._incomplete: list[int] = []  # layers, in the step that was looked at last
         self._warned = False
@@ -46,7 +51,7 @@ class Members:
         for index in range(len(self.flags)):
             self.flags[index], self.orders[index] = 0, None
         for layer in range(len(self.lacking)):
-            self.lacking[layer] = 0
+            self.lacking[layer] = -1
 
     def set(self, index: int, order: Order, seen: bool = True) -> None:
         self.flags[index] = 1 if order is None else 2 if seen else 3
@@ -56,15 +61,12 @@ class Members:
         """Elements of a layer's members, wherever they are."""
         return sum(plan.slots[index].total for index in plan.slots_of[layer] if self.flags[index])
 
-    def look(
-        self, plan: Plan, gradients: Sequence[Tensor | None], wanted: Sequence[bool]
-    ) -> list[int]:
-        """Takes note of a step's gradients, one or None for each slot; the layers that begin anew.
+    def look(self, plan: Plan, gradients: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
+        """Takes note of a step's gradients, one or None for each slot.
 
         ``wanted``: False for a slot that the step leaves out.
         """
-        anew = []
-        self._incomplete = []
+        self.anew, self.untold, self._incomplete = [], [], []
         for layer, indices in enumerate(plan.slots_of):
             if all(gradients[index] is None for index in indices):
                 continue
@@ -81,12 +83,15 @@ class Members:
                     else:  # it was frozen alone, or is stepped by nobody any more
                         self.flags[index], changed = 0, True
             if changed and not fresh:
-                anew.append(layer)
-            if not complete:
-                self._incomplete.append(layer)
-            self.lacking[layer] = 0 if complete else self.lacking[layer] + 1
+                self.anew.append(layer)
+            if complete:
+                self.lacking[layer] = min(self.lacking[layer], 0)
+                continue
+            self._incomplete.append(layer)
+            if self.lacking[layer] < 0:
+                self.untold.append(layer)
+            self.lacking[layer] = max(self.lacking[layer], 0) + 1
         self._warn(plan)
-        return anew
 
     def again(self, plan: Plan) -> None:
         """Takes note of a step with the same gradients as in the one that was looked at last."""

@@ -98,16 +98,13 @@ class Plan:
         return tuple(_aligned(slot.buckets) for slot in self.slots[: self.measured])
 
     @cached_property
-    def slots_of(self) -> tuple[range, ...]:
-        """Indices of each layer's slots."""
-        begin, out = 0, []
-        for layer in range(len(self.layers)):
-            end = begin
-            while end < self.measured and self.slots[end].layer == layer:
-                end += 1
-            out.append(range(begin, end))
-            begin = end
-        return tuple(out)
+    def slots_of(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of each layer's slots that have elements."""
+        out: list[list[int]] = [[] for _ in self.layers]
+        for index, slot in enumerate(self.slots[: self.measured]):
+            if slot.total > 0:
+                out[slot.layer].append(index)
+        return tuple(map(tuple, out))
 
     @property
     def sharded(self) -> bool:

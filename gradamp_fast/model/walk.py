@@ -14,11 +14,12 @@ from torch.nn.parameter import is_lazy
 from ..options import Names, Options
 from .plan import Member, Plan, make_plan
 
+_FSDP_CHILD = "_fsdp_wrapped_module"
 # Classes that wrap a model, by package and name: the child that holds it.
 WRAPPERS = {
     ("torch", "DataParallel"): "module",
     ("torch", "DistributedDataParallel"): "module",
-    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch", "FullyShardedDataParallel"): _FSDP_CHILD,
     ("torch", "OptimizedModule"): "_orig_mod",
     ("torch", "CheckpointWrapper"): "_checkpoint_wrapped_module",
     ("torch", "OffloadWrapper"): "_checkpoint_wrapped_module",
@@ -36,10 +37,13 @@ def _wrapped_child(kind: type[nn.Module]) -> str | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers, which are known by their class."""
+    """The model inside wrappers, which are known by their class.
+
+    The first FSDP's stays: whether it shards, the wrapper alone knows.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
-    while name := _wrapped_child(type(model)):
+    while (name := _wrapped_child(type(model))) and name != _FSDP_CHILD:
         child = model._modules.get(name)
         if child is None:
             break

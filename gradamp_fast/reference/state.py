@@ -122,6 +122,15 @@ class State:
         self.column("least_variance").fill_(FIRST["least_variance"])
         self.sketch.zero_()
 
+    def heed_members(self, plan: Plan) -> None:
+        """Follows what came of the last look at the layers' members."""
+        members = self.members
+        anew, untold, members.anew, members.untold = members.anew, members.untold, [], []
+        for layer in untold:
+            numel = members.numel(plan, layer)
+            self.layers[layer, LAYER_FIELDS.index("member_numel")].fill_(numel)
+        self.begin_anew(plan, anew)
+
     def begin_anew(self, plan: Plan, layers: Sequence[int]) -> None:
         """These layers are as before their first step, with the members that they have now."""
         if layers and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -182,7 +191,11 @@ class State:
         means = old.means(old_plan, self.device)
         self.take_means(
             plan,
-            {s.name: means[s.name] for s in measured if s.name in means and s.layer in kept},
+            {
+                slot.name: means[slot.name]
+                for slot, flag in zip(measured, self.members.flags, strict=True)
+                if flag and slot.name in means and slot.layer in kept
+            },
         )
         self.begin_anew(plan, sorted(changed))
 

@@ -27,21 +27,23 @@ TYPES = {
     "*i64": "tensors addresses",
     "i64": "grad_scale found_inf buckets",
     "i32": "measured layers measured_tiles tiles unscale begins_round decides phases",
-    "constexpr": "DTYPES BY_BITS",
+    "constexpr": "DTYPES BY_BITS GROWS",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 FULL_BLOCK_LOADS = {FLOAT32: 8, BFLOAT16: 4, FLOAT16: 4, FLOAT64: 16}  # 16 bytes for each lane
 BODIES = 3  # measured, multiplied in the first phase, multiplied in the second
 
 
-def compiled(target: GPUTarget, dtypes: int, cooperative: bool = False) -> Any:
+def compiled(target: GPUTarget, dtypes: int, cooperative: bool = False, grows: bool = False) -> Any:
     signature = {name: TYPE_OF[name] for name in step_kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(step_kernel.arg_names)
         if TYPE_OF[name].startswith("*")
     }
-    source = ASTSource(step_kernel, signature, {"DTYPES": dtypes, "BY_BITS": False}, aligned)
+    source = ASTSource(
+        step_kernel, signature, {"DTYPES": dtypes, "BY_BITS": False, "GROWS": grows}, aligned
+    )
     options = launch.compiler_options(dtypes, cooperative, target.backend == "hip")
     return triton.compile(source, target=target, options=options)
 
@@ -86,6 +88,12 @@ def test_fp64_and_a_grid_that_waits() -> None:
     assert len(wide) == BODIES * FULL_BLOCK_LOADS[FLOAT64]
     assert ".maxnreg" not in kernel.asm["ptx"]
     assert spills(kernel.asm["sass"].splitlines()) <= 8
+
+
+@pytest.mark.slow
+def test_growth_spills_next_to_nothing() -> None:
+    kernel = compiled(GPUTarget("cuda", 90, 32), FLOAT32 | BFLOAT16, grows=True)
+    assert spills(kernel.asm["sass"].splitlines()) <= 64
 
 
 @pytest.mark.slow

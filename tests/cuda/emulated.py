@@ -146,7 +146,7 @@ class EmulatedBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
-        self.state.begin_anew(self.plan, self.reader.anew)
+        self.state.heed_members(self.plan)
         self.launch(gradients, call, None)
         self.reader.write_back(call)
         return Outcome.DONE

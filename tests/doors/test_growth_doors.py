@@ -245,7 +245,7 @@ def of_schema_2(state: dict[str, Any]) -> dict[str, Any]:
     rows = values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))[:, : len(fields)]
     options = {n: v for n, v in state["options"].items() if n not in ("grow", "max_factor")}
     return {
-        **state,
+        **{key: value for key, value in state.items() if key != "members"},
         "schema": 2,
         "fields": list(fields),
         "globals": list(numbers),

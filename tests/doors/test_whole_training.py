@@ -166,6 +166,7 @@ def test_a_last_phase_with_closures(place: Place) -> None:
 
     for _ in range(2):
         polish.step(closure)
-    assert amplifier.report().steps - before == calls
+    # The first call belongs to the round that the optimizers of before began.
+    assert amplifier.report().steps - before == calls - 1
     assert losses[-1] < losses[0]
     assert all(p.grad is None or not p.requires_grad for p in model.body.parameters())

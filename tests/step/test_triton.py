@@ -17,6 +17,7 @@ from cases import COMPLEX, REALS, Place, Stream, Twin, bare, bits, put, same_bit
 
 from gradamp_fast import Amplifier, backends, reference
 from gradamp_fast.backends.triton.launch import configuration
+from gradamp_fast.call import Call
 from gradamp_fast.model.walk import find_layers
 from gradamp_fast.options import Options
 from gradamp_fast.reference.state import State
@@ -302,10 +303,18 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
             state.scalar("gated").fill_(eligible > 0.5)
             state.layers.copy_(rows)
             state.scalar("step").fill_(17.0)
-        reference.decide(expected, options.rules(), torch.tensor(5.0), torch.tensor(17.0))
-        numbers = torch.tensor(configuration(options.rules()), dtype=torch.float64)
+        rules = options.rules()
+        factor = reference.active_factor(expected, rules, Call())
+        reference.decide(expected, rules, torch.tensor(5.0), torch.tensor(17.0), factor)
+        numbers = torch.tensor(configuration(rules), dtype=torch.float64)
         decide_kernel[(1,)](
-            actual.values, numbers, torch.zeros(layers, dtype=torch.float64), layers, 5, 17.0
+            actual.values,
+            numbers,
+            torch.zeros(layers, dtype=torch.float64),
+            layers,
+            5,
+            17.0,
+            rules.grow,
         )
         tau, other = expected.scalar("threshold"), actual.scalar("threshold")
         assert torch.allclose(tau, other, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -49,7 +49,7 @@ class TritonBackend(Backend):
         outcome = self.addresses.read(call)
         if outcome is not Outcome.DONE:
             return outcome
-        self.state.begin_anew(self.plan, self.addresses.reader.anew)
+        self.state.heed_members(self.plan)
         if self.launcher.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 self.launcher(self.addresses.dtypes, self.addresses.words, call)

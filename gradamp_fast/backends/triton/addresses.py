@@ -57,7 +57,6 @@ class GradientAddresses:
 
     def read(self, call: Call) -> Outcome:
         """Fills ``words`` and ``gradients``; raises what the reader raises."""
-        self.reader.anew = []
         if self._as_before(call.only):
             self.members.again(self.plan)
             return Outcome.DONE

@@ -37,7 +37,7 @@ LAYER_FACTOR, SETTLED, LEAST_VARIANCE = _places(LAYER_FIELDS, "factor settled le
 CONFIG = (
     *("measure", "threshold", "select", "schedule_unit", "exact", "match_norm", "max_norm"),
     *("needs_norm", "threshold_value", "decay", "min_steps", "refresh", "seed"),
-    *("grow", "max_factor", "windows"),
+    *("max_factor", "windows"),
 )
 # "windows" is their number; start, stop and factor of each come after it.
 CONFIG_MEASURE, CONFIG_THRESHOLD, CONFIG_SELECT, CONFIG_UNIT = _places(
@@ -49,7 +49,7 @@ CONFIG_EXACT, CONFIG_MATCH_NORM, CONFIG_MAX_NORM, CONFIG_NEEDS_NORM = _places(
 CONFIG_VALUE, CONFIG_DECAY, CONFIG_MIN_STEPS, CONFIG_REFRESH, CONFIG_SEED, CONFIG_WINDOWS = _places(
     CONFIG, "threshold_value decay min_steps refresh seed windows"
 )
-CONFIG_GROW, CONFIG_MAX_FACTOR = _places(CONFIG, "grow max_factor")
+(CONFIG_MAX_FACTOR,) = _places(CONFIG, "max_factor")
 
 FLUCTUATION, DIRECTION, VARIANCE_OF_ELEMENTS = _places(
     ENUMS["measure"], "fluctuation direction variance"

@@ -21,7 +21,6 @@ from .columns import (
     CHANGED_AT,
     CONFIG_DECAY,
     CONFIG_EXACT,
-    CONFIG_GROW,
     CONFIG_MATCH_NORM,
     CONFIG_MAX_FACTOR,
     CONFIG_MAX_NORM,
@@ -140,16 +139,15 @@ def active_factor(values, config, begins_round):
 @triton.jit
 def _grown(own, variance, least):
     """What growth came to, less what a surge takes back."""
-    surging = variance > least * SURGE
-    brake = tl.sqrt(tl.where(surging, least * SURGE / tl.where(surging, variance, 1.0), 1.0))
-    return tl.where(surging, tl.maximum(own * brake, 1.0), own)
+    braked = tl.maximum(own * tl.sqrt(least * SURGE / variance), 1.0)
+    return tl.where(variance > least * SURGE, braked, own)
 
 
 @triton.jit
-def amplification(values, config, layer, inside, factor):
+def amplification(values, layer, inside, factor, GROWS: tl.constexpr):
     """What a layer's gradients are multiplied by as its state stands; 1 unless ``inside``."""
     state = values + GLOBALS + layer * FIELDS
-    if tl.load(config + CONFIG_GROW) != 0:
+    if GROWS:
         own = tl.load(state + LAYER_FACTOR, mask=inside, other=1.0)
         variance = tl.load(state + VARIANCE, mask=inside, other=1.0)
         least = tl.load(state + LEAST_VARIANCE, mask=inside, other=1.0)
@@ -322,7 +320,7 @@ def _grow(values, config, scores, layers, factor):
 
 
 @triton.jit
-def decide(values, config, scores, layers, decision, step, factor):
+def decide(values, config, scores, layers, decision, step, factor, GROWS: tl.constexpr):
     """Chooses anew, in ``step``, which layers are amplified; ``decision`` numbers the draws.
 
     With growth also by how much; ``factor`` is ``active_factor``.
@@ -341,7 +339,7 @@ def decide(values, config, scores, layers, decision, step, factor):
         tl.store(state + CHANGED_AT, tl.where(inside, step, 0.0), mask=changed)
         tl.store(state + SELECTED, chosen, mask=changed)
     tl.store(values + THRESHOLD, tau)
-    if tl.load(config + CONFIG_GROW) != 0:
+    if GROWS:
         if (factor != 1) & (tl.load(values + RISING) == 0):
             tl.debug_barrier()
             _grow(values, config, scores, layers, factor)
@@ -360,9 +358,8 @@ def is_measured(values, layer_rows, layer, inside):
 
 
 @triton.jit
-def _update_layers(values, config, layer_rows, layers):
+def _update_layers(values, config, layer_rows, layers, GROWS: tl.constexpr):
     decay = tl.load(config + CONFIG_DECAY)
-    grow = tl.load(config + CONFIG_GROW) != 0
     min_steps = tl.load(config + CONFIG_MIN_STEPS)
     for begin in range(0, layers, WIDTH):
         index = begin + tl.arange(0, WIDTH)
@@ -391,7 +388,7 @@ def _update_layers(values, config, layer_rows, layers):
         variance += weight * (v - variance)
         tl.store(state + VARIANCE, variance, mask=here)
         least = tl.load(state + LEAST_VARIANCE, mask=here, other=0.0)
-        if grow:
+        if GROWS:
             less = here & ((k + 1.0) * EARLY >= min_steps) & (variance > 0) & (variance < least)
             tl.store(state + LEAST_VARIANCE, variance, mask=less)
         running = tl.load(state + POWER, mask=here, other=0.0)
@@ -406,12 +403,12 @@ def _update_layers(values, config, layer_rows, layers):
 
 
 @triton.jit
-def _amplify(values, config, layer_rows, layers, factor):
+def _amplify(values, layer_rows, layers, factor, GROWS: tl.constexpr):
     """Notes what each layer is multiplied by in this step; row ``layers`` is the excluded's."""
     for begin in range(0, layers + 1, WIDTH):
         index = begin + tl.arange(0, WIDTH)
         state = values + GLOBALS + index * FIELDS
-        multiplier = amplification(values, config, index, index < layers, factor)
+        multiplier = amplification(values, index, index < layers, factor, GROWS)
         row = layer_rows + index * ROW
         tl.store(row + ROW_MULTIPLIER, multiplier, mask=index <= layers)
         counts = is_measured(values, layer_rows, index, index < layers) & (multiplier != 1)
@@ -420,15 +417,17 @@ def _amplify(values, config, layer_rows, layers, factor):
 
 
 @triton.jit
-def commit(values, config, layer_rows, scores, layers, factor, begins_round, decides):
+def commit(
+    values, config, layer_rows, scores, layers, factor, begins_round, decides, GROWS: tl.constexpr
+):
     """Folds a call's sums, all finite, into the state, and decides where that is due.
 
     A layer that lacks a member's gradient passes by.
     """
     exact = tl.load(config + CONFIG_EXACT) != 0
     if not exact:
-        _amplify(values, config, layer_rows, layers, factor)
-    _update_layers(values, config, layer_rows, layers)
+        _amplify(values, layer_rows, layers, factor, GROWS)
+    _update_layers(values, config, layer_rows, layers, GROWS)
     tl.debug_barrier()
     refresh = tl.load(config + CONFIG_REFRESH).to(tl.int64)
     step = step_number(values, begins_round)
@@ -436,10 +435,10 @@ def commit(values, config, layer_rows, scores, layers, factor, begins_round, dec
     skipped = (begins_round == 0) & (tl.load(values + ROUND_SKIPPED) != 0)
     if (refresh > 0) & (decides != 0) & (not skipped):
         if counted % refresh == 0:
-            decide(values, config, scores, layers, counted // refresh, step, factor)
+            decide(values, config, scores, layers, counted // refresh, step, factor, GROWS)
             tl.debug_barrier()
     if exact:
-        _amplify(values, config, layer_rows, layers, factor)
+        _amplify(values, layer_rows, layers, factor, GROWS)
     _begin_round(values, begins_round)
 
 

@@ -57,6 +57,7 @@ class Launcher:
         self.device = state.device
         self.on_gpu = self.device.type == "cuda"
         self.two_phases = rules.two_phases
+        self._grows = rules.grow
         self.cooperative = self.two_phases and not INTERPRETED
         tables = Tables(plan, self.device)
         numbers = torch.tensor(configuration(rules), dtype=torch.float64, device="cpu")
@@ -103,7 +104,7 @@ class Launcher:
                 0 if call.grad_scale is None else call.grad_scale.data_ptr(),
                 0 if call.found_inf is None else call.found_inf.data_ptr(),
                 *self._sizes, int(call.unscale), int(call.begins_round), int(call.decides),
-                phases, dtypes, INTERPRETED,
+                phases, dtypes, INTERPRETED, self._grows,
             )  # fmt: skip
         if self.on_gpu and not capturing:
             self._done.record(self._stream)
@@ -144,6 +145,7 @@ class Launcher:
             0,
             dtypes,
             False,
+            self._grows,
         )
         options = compiler_options(dtypes, self.cooperative, bool(torch.version.hip))
         kernel = step.step_kernel.warmup(*arguments, grid=(1,), **options)

@@ -182,7 +182,7 @@ def _multiply_tile(
 @triton.jit
 def _conclude(
     values, parity, config, tensors, layer_rows, scores, verdict, tickets, addresses, found_inf,
-    measured, layers, begins_round, decides,
+    measured, layers, begins_round, decides, GROWS: tl.constexpr,
 ):  # fmt: skip
     """By the last program, when every tile is measured."""
     factor = active_factor(values, config, begins_round)
@@ -194,7 +194,7 @@ def _conclude(
         if found_inf != 0:
             tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0)
     else:
-        commit(values, config, layer_rows, scores, layers, factor, begins_round, decides)
+        commit(values, config, layer_rows, scores, layers, factor, begins_round, decides, GROWS)
         tl.debug_barrier()
         if needs_norm(config):
             coefficient = apply_norm(values, config, layer_rows, layers)
@@ -226,12 +226,13 @@ def step_kernel(
     measured: tl.int32, layers: tl.int32, buckets: tl.int64,
     measured_tiles: tl.int32, tiles: tl.int32, unscale: tl.int32,
     begins_round: tl.int32, decides: tl.int32, phases: tl.int32,
-    DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+    DTYPES: tl.constexpr, BY_BITS: tl.constexpr, GROWS: tl.constexpr,
 ):  # fmt: skip
     """``phases`` has the bits MEASURE and MULTIPLY; both only if all programs run at one time.
 
     ``grad_scale`` and ``found_inf`` are addresses of floats or 0. ``DTYPES`` has a bit for each
-    dtype that is there.
+    dtype that is there. ``GROWS`` is the option: without it the kernel has no
+    registers to spare for growth.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     norm = needs_norm(config)
@@ -256,7 +257,7 @@ def step_kernel(
                 multiplier = factor * 0.0 + 1.0
                 if write_now:
                     # An excluded tensor's layer is -1.
-                    own = amplification(values, config, layer, layer >= 0, factor)
+                    own = amplification(values, layer, layer >= 0, factor, GROWS)
                     multiplier = own * rescale
                 _measure_tile(
                     values, sketch, parity, config, tensors, addresses,
@@ -274,7 +275,7 @@ def step_kernel(
             if _is_last(tickets + PROGRAMS, programs):
                 _conclude(
                     values, parity, config, tensors, layer_rows, scores, verdict, tickets,
-                    addresses, found_inf, measured, layers, begins_round, decides,
+                    addresses, found_inf, measured, layers, begins_round, decides, GROWS,
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.atomic_add(tickets + GENERATION, 1, sem="release", scope="gpu")
