@@ -34,10 +34,14 @@ class Rounds:
 
         Every call has to be placed before it is made, and told to ``made`` afterwards.
         """
-        if holding is None or holding in self._stepped or self._stepped.isdisjoint(holdings):
+        if holding is None:
+            if self._begun:
+                self._end()
+            return call  # as it is: one that begins a round and decides
+        if holding in self._stepped or self._stepped.isdisjoint(holdings):
             self._end()
-        last = holding is None or len(self._stepped) + 1 >= len(holdings)
-        if holding is not None and holding.hook is None and holding not in self._known:
+        last = len(self._stepped) + 1 >= len(holdings)
+        if holding.hook is None and holding not in self._known:
             last = False  # a scaler learns of its optimizers as they step: others may follow
         return call._replace(
             begins_round=not self._begun, decides=last and not (self._once and self._decided)
@@ -45,15 +49,15 @@ class Rounds:
 
     def made(self, call: Call, holding: Holding | None, empty: bool) -> None:
         """``empty``: no parameter had a gradient, so that the round is as it was."""
+        if holding is None:
+            self.undecided = self.undecided and empty
+            return
         if not empty:
             self._begun = True
             self._decided = self._decided or call.decides
             self.undecided = not self._decided
-        if holding is None:
-            self._end()
-        else:
-            self._stepped.add(holding)
-            self._known.add(holding)
+        self._stepped.add(holding)
+        self._known.add(holding)
 
     def _end(self) -> None:
         self._stepped.clear()
