@@ -87,9 +87,9 @@ class Skeleton:
         self._parts = self._look()
 
     @property
-    def modules(self) -> int:
-        """How many there are."""
-        return len(self._modules)
+    def parts(self) -> int:
+        """How many modules, children and parameters there are."""
+        return len(self._modules) + len(self._parts or ())
 
     def stands(self) -> bool:
         """Whether every module still has the same children and parameters."""
