@@ -110,7 +110,8 @@ def launches() -> Iterator[Bar]:
         ]
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        amplifier = Amplifier(torch.nn.ParameterList(parameters), backend="cuda")
+        model = torch.nn.ParameterList(parameters)
+        amplifier = Amplifier(model, backend="cuda")
         for _ in range(3):
             amplifier.step()
         torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,8 @@ def given() -> dict[str, Any]:
         "values": torch.zeros(len(GLOBAL_FIELDS) + len(LAYER_FIELDS), dtype=torch.float64),
         "sketch": torch.zeros(2, 320),
         "parity": torch.zeros(1, dtype=torch.int32),
+        "members": bytearray(1),
+        "lacking": array("q", [-1]),
     }
 
 
@@ -57,7 +60,7 @@ def test_what_the_rules_give_is_taken(given: dict[str, Any]) -> None:
 )
 def test_tensors_that_break_a_rule(given: dict[str, Any], tensor: Any, message: str) -> None:
     if tensor[0] == -1:
-        given["parity"] = given["parity"][:0]
+        given["parity"], given["members"] = given["parity"][:0], bytearray()
     with pytest.raises(ValueError, match=message):
         bind({**given, "tensors": [tensor]})
 
@@ -72,6 +75,10 @@ def test_tensors_that_break_a_rule(given: dict[str, Any], tensor: Any, message: 
         ("parity", torch.zeros(1, dtype=torch.int64)),
         ("parity", torch.zeros(2, dtype=torch.int32)),
         ("parity", torch.zeros(1, dtype=torch.int32, device="meta")),
+        ("members", bytearray(2)),
+        ("members", array("q", [0])),
+        ("lacking", array("q", [-1, -1])),
+        ("lacking", array("b", [-1])),
     ],
 )
 def test_state_of_another_shape(given: dict[str, Any], name: str, value: Any) -> None:
@@ -84,7 +91,7 @@ def test_sums_of_another_shape(given: dict[str, Any]) -> None:
     gradient = [torch.ones(5000)]
     for sums in (torch.zeros(2, 7, dtype=torch.float64), torch.zeros(2, 8)):
         with pytest.raises(ValueError, match="`sums`"):
-            stepper.step_gradients(gradient, None, None, True, sums)
+            stepper.step_gradients(gradient, None, None, True, True, True, sums)
 
 
 def test_a_refused_step_leaves_nothing_for_the_next(given: dict[str, Any]) -> None:
@@ -94,10 +101,11 @@ def test_a_refused_step_leaves_nothing_for_the_next(given: dict[str, Any]) -> No
     given["num_layers"] = 2
     given["values"] = torch.zeros(len(GLOBAL_FIELDS) + 2 * len(LAYER_FIELDS)).double()
     given["sketch"], given["parity"] = torch.zeros(2, 640), torch.zeros(2, dtype=torch.int32)
+    given["members"], given["lacking"] = bytearray(2), array("q", [-1, -1])
     stepper, flat = bind(given), torch.ones(5000)
     with pytest.raises(RuntimeError, match="gradient 1 is not flat"):
-        stepper.step_gradients([flat, torch.ones(10_000)[::2]], None, None, True, None)
-    stepper.step_gradients([None, flat], None, None, True, None)
+        stepper.step_gradients([flat, torch.ones(10_000)[::2]], None, None, True, True, True, None)
+    stepper.step_gradients([None, flat], None, None, True, True, True, None)
     steps = given["values"][len(GLOBAL_FIELDS) :: len(LAYER_FIELDS)]
     assert steps.tolist() == [0.0, 1.0]
 
@@ -113,7 +121,7 @@ def test_one_thread_at_a_time(given: dict[str, Any]) -> None:
     def step() -> None:
         while not stop.is_set():
             try:
-                stepper.step_gradients(gradient, None, None, True, None)
+                stepper.step_gradients(gradient, None, None, True, True, True, None)
             except RuntimeError as error:
                 refused.append(str(error))
                 stop.set()
@@ -127,7 +135,7 @@ def test_one_thread_at_a_time(given: dict[str, Any]) -> None:
         thread.join()
     assert refused
     assert "step it from one thread at a time" in refused[0]
-    stepper.step_gradients(gradient, None, None, True, None)
+    stepper.step_gradients(gradient, None, None, True, True, True, None)
 
 
 # ---- lists that stand in both languages -------------------------------------------------
@@ -143,7 +151,8 @@ def test_lists_that_differ_are_told_with_the_command_that_rebuilds(
     parameter.grad = torch.ones_like(parameter)
     theirs = {**LISTS["ENUMS"], "select": ("above", "below")} if name == "ENUMS" else ("steps",)
     monkeypatch.setattr(extension, name, theirs)
-    amplifier = Amplifier(torch.nn.ParameterList([parameter]), backend="cpu")
+    model = torch.nn.ParameterList([parameter])
+    amplifier = Amplifier(model, backend="cpu")
     with pytest.raises(RuntimeError, match=rf"has {name} .*: rebuild gradamp_fast: .* pip install"):
         amplifier.step()
 

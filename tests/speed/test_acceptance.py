@@ -120,7 +120,7 @@ def test_timings_run_alone_and_tests_do_not(stage: Stage) -> None:
         at, _, what = line.split(" ", 2)
         spans.setdefault(what, []).append(float(at))
     ended = {what: span for what, span in spans.items() if len(span) == 2}
-    timings = [w for w in ended if "rates" in w or "bench.parts" in w or "dram_bytes" in w]
+    timings = [w for w in ended if " rates " in w or "bench.parts" in w or "dram_bytes" in w]
     assert len(timings) == 3
     for timing in timings:
         begin, end = ended[timing]

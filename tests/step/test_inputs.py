@@ -140,9 +140,11 @@ def test_no_gradient_on_the_first_step(place: Place) -> None:
 
 
 def test_one_warning_for_each_amplifier(place: Place) -> None:
+    model = bare(SHAPES, device=place.device)
     for _ in range(2):
+        amplifier = place.amplifier(model)
         with pytest.warns(UserWarning, match="backward"):
-            place.amplifier(bare(SHAPES, device=place.device)).step()
+            amplifier.step()
 
 
 def test_zero_gradients_set_in_place_are_gradients(place: Place) -> None:
