@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,3 +32,22 @@ def one_of(option: str, value: Any, names: tuple[str, ...]) -> Any:
         listed = ", ".join(map(repr, names))
         raise ValueError(f"{option}={value!r} is not one of {listed}{nearest(value, names)}")
     return value
+
+
+def in_range(option: str, value: object, holds: Callable[[Any], bool], range_: str) -> None:
+    """ValueError unless the value is a number for which ``holds``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
+        raise ValueError(f"{option}={value!r} is out of range: it must be {range_}")
+
+
+def whole_number(
+    option: str, value: object, range_: str, least: int = 1, most: float = math.inf
+) -> None:
+    """ValueError unless the value is a whole number from ``least`` to ``most``."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Integral)
+        or not least <= int(value) <= most
+    ):
+        near = nearest(value, ("epoch",)) if isinstance(value, str) else ""
+        raise ValueError(f"{option}={value!r} is out of range: it must be {range_}{near}")

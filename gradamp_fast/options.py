@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, Literal, get_args
 
-from ._checks import nearest, one_of, plain
+from ._checks import in_range, nearest, one_of, plain, whole_number
 from .schedule import Schedule
 
 Measure = Literal["fluctuation", "direction", "variance", "random"]
@@ -141,7 +140,7 @@ class Options:
         if isinstance(self.threshold, str):
             one_of("threshold", self.threshold, (*get_args(ThresholdRule), "a number"))
         else:
-            _check("threshold", self.threshold, math.isfinite, "a finite number")
+            in_range("threshold", self.threshold, math.isfinite, "a finite number")
         one_of("select", self.select, get_args(Select))
         for option, rule in (("num_std", "std"), ("quantile", "quantile")):
             if getattr(self, option) is not None and self.threshold != rule:
@@ -150,21 +149,21 @@ class Options:
                     f"threshold is {self.threshold!r}"
                 )
         if self.num_std is not None:
-            _check("num_std", self.num_std, lambda x: 0 < x < math.inf, "finite and > 0")
+            in_range("num_std", self.num_std, lambda x: 0 < x < math.inf, "finite and > 0")
         if self.quantile is not None:
-            _check("quantile", self.quantile, lambda x: 0 < x < 1, "in (0, 1)")
+            in_range("quantile", self.quantile, lambda x: 0 < x < 1, "in (0, 1)")
         if self.seed is not None:
-            _check_count("seed", self.seed, "a whole number in [0, 2**32)", 0, 2**32 - 1)
+            whole_number("seed", self.seed, "a whole number in [0, 2**32)", 0, 2**32 - 1)
             if self.measure != "random":
                 raise ValueError(
                     f"seed={self.seed!r} goes with measure='random' only; "
                     f"measure is {self.measure!r}"
                 )
         if self.decay is not None:
-            _check("decay", self.decay, lambda x: 0 <= x < 1, "None or in [0, 1)")
-        _check_count("min_steps", self.min_steps, "a whole number >= 1")
+            in_range("decay", self.decay, lambda x: 0 <= x < 1, "None or in [0, 1)")
+        whole_number("min_steps", self.min_steps, "a whole number >= 1")
         if self.refresh != "epoch":
-            _check_count("refresh", self.refresh, 'a whole number >= 1 or "epoch"')
+            whole_number("refresh", self.refresh, 'a whole number >= 1 or "epoch"')
         if not isinstance(self.schedule, Schedule | None):
             raise ValueError(
                 f"schedule={self.schedule!r} is not a Schedule: give "
@@ -172,7 +171,7 @@ class Options:
             )
         one_of("timing", self.timing, get_args(Timing))
         if self.max_norm is not None:
-            _check("max_norm", self.max_norm, lambda x: 0 < x < math.inf, "finite and > 0")
+            in_range("max_norm", self.max_norm, lambda x: 0 < x < math.inf, "finite and > 0")
             if self.match_norm:
                 raise ValueError(
                     f"match_norm=True and max_norm={self.max_norm!r} both set the global norm: "
@@ -195,7 +194,7 @@ class Options:
                 )
             return
         if self.max_factor is not None:
-            _check("max_factor", self.max_factor, lambda x: 1 < x < math.inf, "finite and > 1")
+            in_range("max_factor", self.max_factor, lambda x: 1 < x < math.inf, "finite and > 1")
         reasons = {
             ("match_norm", True): "it takes back in every step what has grown",
             ("placement", "backward"): "there the factors of layers compound",
@@ -223,10 +222,10 @@ class Options:
                     )
             return
         if self.measure_every is not None:
-            _check_count("measure_every", self.measure_every, "a whole number >= 2", least=2)
+            whole_number("measure_every", self.measure_every, "a whole number >= 2", least=2)
         if self.max_amplification is not None:
             most = self.max_amplification
-            _check("max_amplification", most, lambda x: 1 < x < math.inf, "finite and > 1")
+            in_range("max_amplification", most, lambda x: 1 < x < math.inf, "finite and > 1")
         for option, value in (("timing", "lagged"), ("match_norm", False), ("group_by", "module")):
             if getattr(self, option) != value:
                 raise ValueError(
@@ -400,26 +399,9 @@ def check_factor(value: object, grow: bool = False) -> None:
     """ValueError unless the value can be a factor, or with ``grow`` what one grows by."""
     if grow:
         range_ = "finite and > 1 with grow=True, or nothing would grow"
-        _check("factor", value, lambda x: 1 < x < math.inf, range_)
+        in_range("factor", value, lambda x: 1 < x < math.inf, range_)
         return
-    _check("factor", value, lambda x: 0 < x < math.inf and x != 1, "finite, > 0 and not 1")
-
-
-def _check(option: str, value: object, holds: Callable[[Any], bool], range_: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
-        raise ValueError(f"{option}={value!r} is out of range: it must be {range_}")
-
-
-def _check_count(
-    option: str, value: object, range_: str, least: int = 1, most: float = math.inf
-) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or not least <= int(value) <= most
-    ):
-        near = nearest(value, ("epoch",)) if isinstance(value, str) else ""
-        raise ValueError(f"{option}={value!r} is out of range: it must be {range_}{near}")
+    in_range("factor", value, lambda x: 0 < x < math.inf and x != 1, "finite, > 0 and not 1")
 
 
 def _qualified_name(value: Callable[..., Any]) -> str:
