@@ -294,6 +294,8 @@ def main() -> int:
         parser.error(f"ACCEPTANCE_SECONDS={written} is not a number of seconds, such as 540")
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
+    # A background job ignores interrupts, and so would the parts, which are ended by them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     acceptance = Acceptance(chosen(parts, given.parts), out, float(written))
     return 0 if acceptance.run() else 1
 
