@@ -16,7 +16,6 @@ import torch
 from cases import COMPLEX, REALS, Place, Stream, Twin, bare, bits, put, same_bits
 
 from gradamp_fast import Amplifier, backends, reference
-from gradamp_fast.backends.triton.launch import configuration
 from gradamp_fast.call import Call
 from gradamp_fast.model.walk import find_layers
 from gradamp_fast.options import Options
@@ -283,6 +282,7 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
     from interpreted import decide_kernel
 
     from gradamp_fast.backends.triton import columns
+    from gradamp_fast.backends.triton.launch import configuration
 
     options = Options.make(rule | {"min_steps": 3})
     plan = find_layers(bare({f"m{i}.w": (1,) for i in range(layers)}), options)
