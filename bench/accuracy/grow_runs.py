@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import io
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.accuracy.data import Data, load
 from bench.accuracy.grow_nets import NETWORKS
+from bench.accuracy.lines import append_line, read_lines
 from gradamp_fast import Amplifier
 
 WARM_UP = 0.1  # share of the steps
@@ -92,28 +90,15 @@ def read(path: Path) -> list[Row]:
     """The rows of a file, none if there is no file; a last line without its end is not one."""
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0].decode()
-    reader = csv.DictReader(whole.splitlines())
-    if whole and reader.fieldnames != NAMES:
-        raise ValueError(f"{path}: has other columns than {', '.join(NAMES)}")
+    lines = read_lines(path, NAMES)
     kinds = {f.name: _READ[str(f.type)] for f in fields(Row)}
-    return [Row(**{name: kinds[name](cell) for name, cell in cells.items()}) for cells in reader]
+    return [Row(**{name: kinds[name](cell) for name, cell in cells.items()}) for cells in lines]
 
 
 def append(path: Path, row: Row) -> None:
     """Adds a line; what an earlier command left unfinished is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        whole = file.read().rpartition(b"\n")
-        file.truncate(len(whole[0]) + len(whole[1]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, NAMES, lineterminator="\n")
-        if not whole[0]:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-        file.write(text.getvalue().encode())
+    append_line(path, NAMES, asdict(row))
 
 
 @cache

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import io
 from dataclasses import fields
 from pathlib import Path
 
+from bench.accuracy.lines import append_line, read_lines
 from bench.accuracy.runs import Row
 
 NAMES = [f.name for f in fields(Row)]
 Rows = dict[tuple[str, int], Row]
-csv.field_size_limit(1 << 24)
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file; a last line without its end is not one."""
-    whole = path.read_bytes().rpartition(b"\n")[0].decode()
-    reader = csv.DictReader(whole.splitlines())
-    if whole and reader.fieldnames != NAMES:
-        raise ValueError(f"{path}: has other columns than {', '.join(NAMES)}")
-    return [Row.from_cells(cells) for cells in reader]
+    return [Row.from_cells(cells) for cells in read_lines(path, NAMES)]
 
 
 class Store:
@@ -41,14 +34,4 @@ class Store:
 
     def add(self, row: Row) -> None:
         """Appends a line; what an earlier command left unfinished is cut off first."""
-        with self.path.open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            whole = file.read().rpartition(b"\n")
-            file.truncate(len(whole[0]) + len(whole[1]))
-            text = io.StringIO()
-            writer = csv.DictWriter(text, NAMES, lineterminator="\n")
-            if not whole[0]:
-                writer.writeheader()
-            writer.writerow(row.to_cells())
-            file.write(text.getvalue().encode())
+        append_line(self.path, NAMES, row.to_cells())

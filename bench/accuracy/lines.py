@@ -1,0 +1,38 @@
+"""Lines of a CSV file that several processes add to: each whole or not there."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+csv.field_size_limit(1 << 24)
+
+
+def read_lines(path: Path, names: Sequence[str]) -> list[dict[str, str]]:
+    """The cells of each line, by column; a last line without its end is not one.
+
+    ValueError if the columns are not ``names``.
+    """
+    whole = path.read_bytes().rpartition(b"\n")[0].decode()
+    reader = csv.DictReader(whole.splitlines())
+    if whole and reader.fieldnames != list(names):
+        raise ValueError(f"{path}: has other columns than {', '.join(names)}")
+    return list(reader)
+
+
+def append_line(path: Path, names: Sequence[str], cells: Mapping[str, object]) -> None:
+    """Adds a line; what an earlier command left unfinished is cut off first."""
+    with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        whole = file.read().rpartition(b"\n")
+        file.truncate(len(whole[0]) + len(whole[1]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        if not whole[0]:
+            writer.writeheader()
+        writer.writerow(cells)
+        file.write(text.getvalue().encode())
