@@ -320,7 +320,8 @@ Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
                    grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                    found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale, turn,
                    written_.data(),
-                   sums ? reinterpret_cast<Sums*>(sums->mutable_data_ptr<double>()) : nullptr});
+                   sums ? reinterpret_cast<Sums*>(sums->mutable_data_ptr<double>()) : nullptr,
+                   nullptr});
   }
   for (size_t i = 0; i < gradients_.size(); ++i)
     if (written_[i]) gradients_[i].unsafeGetTensorImpl()->bump_version();

@@ -111,7 +111,7 @@ class CpuEngine final : public Engine {
     }
     if (!one_pass) {
       const double coefficient =
-          norm ? apply_norm(config_, global, sums_.data(), tiling_.num_layers,
+          norm ? apply_norm(config_, global, state_.layers, sums_.data(), tiling_.num_layers,
                             excluded_moments(in), amplified_.data(), group)
                : 1.0;
       set_multipliers(in, unscale * coefficient);

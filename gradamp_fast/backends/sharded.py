@@ -77,7 +77,7 @@ class ShardedBackend(Stepping):
         added_up = self._add_up(gradients, before)
         if rules.two_phases:
             sums, excluded = added_up()
-            reference.finish(self.plan, state, rules, gradients, call, before, sums, excluded)
+            reference.finish(self.plan, state, rules, gradients, call, before, sums, excluded, None)
         else:
             measured = reference.touched(self.plan, gradients)
 
