@@ -242,7 +242,7 @@ def of_schema_2(state: dict[str, Any]) -> dict[str, Any]:
     """The same without what came later."""
     fields, numbers = LAYER_FIELDS[:10], GLOBAL_FIELDS[:8]
     values = state["state"]
-    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))[:, : len(fields)]
+    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(state["fields"]))[:, : len(fields)]
     options = {n: v for n, v in state["options"].items() if n not in ("grow", "max_factor")}
     return {
         **{key: value for key, value in state.items() if key != "members"},
