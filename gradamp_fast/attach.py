@@ -31,7 +31,7 @@ def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
         warnings.warn(
             f"{type(optimizer).__name__} divides out the scale of a layer's gradients: a constant "
             "factor changes nothing, and a change of factor acts as a short kick to the learning "
-            f"rate. Use {_instead(optimizer)}, or scale learning rates by parameter group instead.",
+            "rate. Use gradamp_fast.optim.AdamW, whose updates are multiplied, or SGD.",
             stacklevel=stacklevel + 1,
         )
 
@@ -41,19 +41,9 @@ def refuse_growth(optimizer: Optimizer) -> None:
     if not follows_gradient_size(optimizer):
         raise ValueError(
             f"grow=True does nothing under {type(optimizer).__name__}, which divides out the "
-            f"scale of a layer's gradients: use {_instead(optimizer)}, or leave grow out"
+            "scale of a layer's gradients: use gradamp_fast.optim.AdamW, whose updates are "
+            "multiplied, or SGD, or leave grow out"
         )
-
-
-def _instead(optimizer: Optimizer) -> str:
-    """Of this package, what multiplies where a factor counts."""
-    if isinstance(optimizer, torch.optim.Adam):
-        return f"gradamp_fast.optim.{'AdamW' if _decouples(optimizer) else 'Adam'}"
-    return "gradamp_fast.optim.AdamW or SGD"
-
-
-def _decouples(optimizer: torch.optim.Adam) -> bool:
-    return any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
 
 
 def updates_itself(bound: BoundModel, optimizer: Optimizer) -> bool:
