@@ -14,6 +14,9 @@
 namespace gradamp {
 namespace {
 
+// Bits of a byte of `only`, as model/gradients.py has them.
+constexpr int kTrainable = 1, kFrozen = 2;
+
 std::vector<Window> read_windows(const py::dict& options) {
   std::vector<Window> windows;
   for (const py::handle& item : options["windows"]) {
@@ -120,7 +123,6 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
       lacking_(lacking.request(true)),
       strides_(tensors.size()),
       sums_numel_((num_layers + 1) * kSumsColumns),
-      alone_(num_layers == 0),
       values_(std::move(values)),
       sketch_(std::move(sketch)),
       parity_(std::move(parity)),
@@ -199,10 +201,13 @@ Outcome Stepper::collect(const char* only, bool walked, Updater* update) {
     if (THPVariable_Unpack(parameter.ptr()).requires_grad()) return Outcome::kRebind;
   bool any = false, stateless = false;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    if (only && !only[i]) continue;
+    const int counts = only ? only[i] : kTrainable;
+    if (counts == 0) continue;
     const at::Tensor& parameter = THPVariable_Unpack(parameters_[i].ptr());
+    const bool trainable = parameter.requires_grad();
+    if (counts == kFrozen && trainable) continue;
     const at::Tensor& gradient = parameter.grad();
-    if ((parameter.requires_grad() || alone_) && gradient.defined()) {
+    if ((trainable || counts & kFrozen) && gradient.defined()) {
       if (!take(i, gradient)) return Outcome::kUnusual;
       any = true;
       if (!update) continue;
@@ -322,6 +327,7 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
 Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
                   const std::optional<at::Tensor>& sums, Updater* update) {
+  if (update) update->count_empty(gradients_, found_inf);
   {
     py::gil_scoped_release unlocked;
     engine_->step({addresses_.data(), dtypes_.data(),

@@ -40,10 +40,10 @@ class __attribute__((visibility("hidden"))) Stepper {
        int64_t num_layers, const py::dict& options, at::Tensor values, at::Tensor sketch,
        at::Tensor parity, const py::buffer& members, const py::buffer& lacking);
 
-  // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
+  // `only`: call.Call.only. Gradients that it leaves out count as absent.
   // Unless `walked`, a parameter that had a gradient on its last step and has none now ends in
   // kMissing. `members_known`: who is a member has been looked at in Python. With `update`, null
-  // or begun, parameters are updated; where there is no layer, those that are frozen as well.
+  // or begun, parameters are updated.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
                const std::optional<py::bytes>& only, bool walked, Turn turn, Updater* update,
@@ -87,7 +87,6 @@ class __attribute__((visibility("hidden"))) Stepper {
   py::buffer_info members_, lacking_;    // `flags` and `lacking` of model/members.py
   std::vector<std::vector<int64_t>> strides_;  // of gradients whose flag is 2, when last looked at
   int64_t sums_numel_;
-  bool alone_;  // no layer: an optimizer's update without amplifier
   at::Tensor values_, sketch_, parity_;
   std::unique_ptr<Engine> engine_;
 

@@ -128,6 +128,19 @@ void Updater::hold(size_t index, const Held& held, int states) {
   held_[index] = held;
 }
 
+void Updater::count_empty(const std::vector<at::Tensor>& gradients,
+                          const std::optional<at::Tensor>& found_inf) {
+  const at::NoGradGuard no_grad;
+  for (size_t i = 0; i < held_.size(); ++i) {
+    if (!gradients[i].defined() || gradients[i].numel() > 0) continue;
+    if (found_inf) {
+      held_[i].steps.add_(found_inf->eq(0).reshape(held_[i].steps.sizes()));
+    } else {
+      held_[i].steps.add_(1.0);
+    }
+  }
+}
+
 void Updater::end(const std::vector<uint8_t>& written) {
   const auto mark = [](const at::Tensor& tensor) {
     if (tensor.defined() && !tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();

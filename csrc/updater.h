@@ -30,6 +30,11 @@ class __attribute__((visibility("hidden"))) Updater {
   using Given = std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor>;
   void give(size_t index, const Given& given);
 
+  // Counts an update of each tensor that has a gradient without elements, which no kernel sees;
+  // `found_inf` as the step is given it.
+  void count_empty(const std::vector<at::Tensor>& gradients,
+                   const std::optional<at::Tensor>& found_inf);
+
   const UpdateInputs* inputs() const { return &inputs_; }
   // What the step wrote is marked so; then the tensors are let go.
   void end(const std::vector<uint8_t>& written);

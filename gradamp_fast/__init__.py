@@ -1,5 +1,6 @@
 """Gradient amplification for PyTorch in one kernel launch over all parameters."""
 
+from . import optim
 from ._version import __version__
 from .amplifier import Amplifier
 from .drop_in import fused_amplify, reset
@@ -18,5 +19,6 @@ __all__ = [
     "Schedule",
     "__version__",
     "fused_amplify",
+    "optim",
     "reset",
 ]

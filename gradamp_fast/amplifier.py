@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint, ops, reference
-from .attach import Attachment, innermost
+from .attach import attach
+from .attachment import Attachment, innermost
 from .bound_model import BoundModel
 from .call import Call
 from .options import Options, check_factor
@@ -163,7 +164,7 @@ class Amplifier:
         already, or with ``grow=True`` is not moved by a factor, TypeError if it is none, or calls
         no hooks.
         """
-        return Attachment(self.bound, innermost(optimizer))
+        return attach(self.bound, innermost(optimizer))
 
     def suspended(self) -> AbstractContextManager[None]:
         """A ``with`` block in which backpropagation is that of the model alone.

@@ -334,6 +334,11 @@ class BoundModel:
         """Whether this optimizer's do."""
         return any(h.attached and h.optimizer is optimizer for h in self.holdings)
 
+    def knows_any_of(self, holding: Holding) -> bool:
+        """Whether an optimizer holds a parameter of the model, frozen or not."""
+        ours = (*(slot.parameter for slot in self.plan.slots), *self.plan.watched)
+        return not holding.parameters.isdisjoint(map(id, ours))
+
     def meet(self) -> None:
         """Looks again for an optimizer that is about to join: it may hold what is new."""
         self.look_again(warn=bool(self._owned))

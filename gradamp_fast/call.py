@@ -103,7 +103,8 @@ class Call(NamedTuple):
         found_inf: one fp32 element there; not 0 skips the step, which sets it to 1 itself where
             it finds a gradient that is not finite.
         unscale: whether gradients are divided by ``grad_scale``, too; else an optimizer does it.
-        only: a byte for each slot of the plan, 0 for one that is left out; None leaves none out.
+        only: a byte for each slot of the plan: 0 for one that is left out, 1 for one whose gradient
+            counts while its parameter is trainable, 2 while it is frozen, 3 always; None: 1.
         walked: whether the model is known to be as it is bound, so that a gradient that went
             missing is no news.
         begins_round: whether this is the first call of its round. A step is a round of calls, one

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .amplifier import Amplifier
-from .attach import Attachment, innermost, refuse_growth, updates_itself, warn_if_scale_invariant
+from .attach import WithinStep, updates_itself
+from .attachment import innermost, refuse_growth, warn_if_scale_invariant
 from .bound_model import BoundModel
 from .call import Call
 from .model.walk import unwrap
@@ -80,16 +81,16 @@ def fused_amplify(
     return amplifier
 
 
-def _attachments(bound: BoundModel, optimizer: Optimizer | None) -> list[Attachment]:
+def _attachments(bound: BoundModel, optimizer: Optimizer | None) -> list[WithinStep]:
     """Those that take part in the steps of an optimizer of ``gradamp_fast.optim``."""
     given = optimizer.amplifiers if isinstance(optimizer, Fused) else ()
-    return [a for a in given if isinstance(a, Attachment) and a.amplifies_for(bound)]
+    return [a for a in given if isinstance(a, WithinStep) and a.amplifies_for(bound)]
 
 
 def _arm(amplifier: Amplifier, optimizer: Optimizer, call: Call) -> None:
     """The optimizer's next step amplifies."""
     found = _attachments(amplifier.bound, optimizer)
-    attachment = found[0] if found else Attachment(amplifier.bound, optimizer, always=False)
+    attachment = found[0] if found else WithinStep(amplifier.bound, optimizer, always=False)
     attachment.arm(call)
 
 

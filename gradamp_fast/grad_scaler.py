@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 
 from . import ops
 from .amplifier import Amplifier
-from .attach import Attachment, OneStep, refuse_growth, updates_itself, warn_if_scale_invariant
+from .attach import attach, updates_itself
+from .attachment import refuse_growth, warn_if_scale_invariant
 from .call import Call
 from .model.optimizers import Holding
 from .model.plan import Plan
+from .one_step import OneStep
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -166,11 +168,12 @@ class GradScaler(torch.amp.GradScaler):
         return {**found, device: total}
 
     def _amplifies_itself(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer's own pass amplifies, or would if it held any of the model."""
         bound = self.amplifier.bound
         if not updates_itself(bound, optimizer):
             return False
-        if not bound.attached_to(optimizer):
-            Attachment(bound, optimizer)
+        if not bound.attached_to(optimizer) and bound.knows_any_of(Holding(optimizer)):
+            attach(bound, optimizer)
         return True
 
     def _holding(self, optimizer: Optimizer) -> _Split:

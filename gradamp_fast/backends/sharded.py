@@ -78,7 +78,9 @@ class ShardedBackend(Stepping):
         added_up = self._add_up(gradients, before)
         if rules.two_phases:
             sums, excluded = added_up()
-            reference.finish(self.plan, state, rules, gradients, call, before, sums, excluded, None)
+            reference.finish(
+                self.plan, state, rules, gradients, call, before, sums, excluded, updated
+            )
         else:
             measured = reference.touched(self.plan, gradients)
 

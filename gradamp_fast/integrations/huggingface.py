@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..amplifier import Amplifier
-from ..attach import Attachment
+from ..attachment import Attachment
 from ..model.walk import unwrap
 from ..options import Options
 

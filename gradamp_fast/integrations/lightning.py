@@ -10,7 +10,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..amplifier import Amplifier
-from ..attach import Attachment, innermost
+from ..attach import BeforeStep, attach, updates_itself
+from ..attachment import Attachment, innermost
 from ..bound_model import BoundModel
 from ..model.walk import unwrap
 from ..options import Options
@@ -43,7 +44,7 @@ class GradientAmplification(*_BASES):  # type: ignore[misc]
         self.amplifier: Amplifier | None = None
         self._options = Options.make(options)
         self._stored: Mapping[str, Any] = {}
-        self._steps: dict[Optimizer, _Step] = {}
+        self._steps: dict[Optimizer, Attachment] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first hook at which optimizers are made and checkpoints restored everywhere."""
@@ -55,15 +56,22 @@ class GradientAmplification(*_BASES):  # type: ignore[misc]
             self.amplifier.load_state_dict(self._stored)
             self._stored = {}
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        bound = self.amplifier.bound
         for optimizer in map(innermost, trainer.optimizers):
-            self._steps[optimizer] = _Step(self.amplifier.bound, optimizer, scaled)
+            # An optimizer that unscales by itself (``fused=True`` under a GradScaler) is not
+            # clipped, and knows the scale only within its step: there the step is its hook.
+            unscales = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
+            by_itself = unscales or updates_itself(bound, optimizer)
+            self._steps[optimizer] = (attach if by_itself else _WhenCalled)(bound, optimizer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         assert self.amplifier is not None
         self.amplifier.set_epoch(trainer.current_epoch)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self._steps[innermost(optimizer)].called()
+        step = self._steps[innermost(optimizer)]
+        if isinstance(step, _WhenCalled):
+            step.called()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         for step in self._steps.values():
@@ -78,23 +86,15 @@ class GradientAmplification(*_BASES):  # type: ignore[misc]
         self._stored = state_dict
 
 
-class _Step(Attachment):
-    """Amplifies when Lightning calls it, which is before it clips.
-
-    An optimizer that unscales by itself (``fused=True`` under a GradScaler) is not clipped, and
-    knows the scale only within its step: there the step is the optimizer's hook.
-    """
-
-    def __init__(self, bound: BoundModel, optimizer: Optimizer, scaled: bool) -> None:
-        super().__init__(bound, optimizer)
-        self._hooked = scaled and getattr(optimizer, "_step_supports_amp_scaling", False)
+class _WhenCalled(BeforeStep):
+    """Amplifies when Lightning calls it, which is before it clips."""
 
     def called(self) -> None:
         optimizer = self._holding.optimizer
-        if not self._hooked and optimizer is not None:
+        if optimizer is not None:
             self._step(optimizer)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        return super()._before_step(optimizer, args, kwargs) if self._hooked else None
+    ) -> None:
+        return

@@ -14,6 +14,9 @@ from .members import Members, is_dense
 from .plan import Plan, Slot
 from .shards import is_dtensor, local, refuse_partial
 
+# Bits of a byte of ``Call.only``: whether the gradient counts of a parameter that is trainable, and
+# of one that is frozen.
+TRAINABLE, FROZEN = 1, 2
 # In the order of DType in csrc/rules/common.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -50,8 +53,7 @@ class GradientReader:
         One that ``call.only`` leaves out is as if without gradient. A gradient that is strided
         without being dense, or lazily conjugated, is copied; ``write_back`` stores what became of
         it. A sparse one, which only an excluded parameter may have, counts as absent; there it is
-        unscaled. Where there is no layer the step is an optimizer's alone, which updates a frozen
-        parameter too if it has a gradient.
+        unscaled.
 
         Raises TypeError or ValueError, naming the parameter, before anything is written.
         """
@@ -60,10 +62,15 @@ class GradientReader:
         self._sparse.clear()
         if any(parameter.requires_grad for parameter in plan.watched):
             return Outcome.REBIND
-        wanted = [only is None or bool(only[i]) for i in range(len(plan.slots))]
+        wanted = [
+            only is None
+            or (only[i] & TRAINABLE) != 0
+            or ((only[i] & FROZEN) != 0 and not slot.parameter.requires_grad)
+            for i, slot in enumerate(plan.slots)
+        ]
         gradients = [
-            _gradient(slot, not plan.layers) if want else None
-            for slot, want in zip(plan.slots, wanted, strict=True)
+            _gradient(slot, only is not None and (only[i] & FROZEN) != 0) if wanted[i] else None
+            for i, slot in enumerate(plan.slots)
         ]
         for slot, gradient, want, had in zip(
             plan.slots, gradients, wanted, self._had_gradient, strict=True

@@ -39,7 +39,7 @@ class Holding:
         self._parameters: list[Parameter] = []
         self._groups: list[tuple[int, object]] = []
         self._unwanted: frozenset[int] = frozenset()
-        self._mask: tuple[weakref.ref[Plan], bytes | None] | None = None
+        self._of_plan: tuple[weakref.ref[Plan], bytes | None, frozenset[int]] | None = None
         self.changed()
 
     @property
@@ -76,7 +76,7 @@ class Holding:
             if not group.get("amplify", id(p) not in self._unwanted)
         )
         self._parameters = [p for group in given for p in group["params"]]
-        self._groups, self._mask = groups, None
+        self._groups, self._of_plan = groups, None
         return True
 
     @property
@@ -91,12 +91,20 @@ class Holding:
 
     def only(self, plan: Plan) -> bytes | None:
         """A byte for each slot, 1 if the optimizer holds it; None if it holds all."""
-        if self._mask is None or self._mask[0]() is not plan:
-            parameters = self.parameters
-            held = [id(slot.parameter) in parameters for slot in plan.slots]
-            self._mask = weakref.ref(plan), None if all(held) else bytes(held)
-        return self._mask[1]
+        return self._seen_by(plan)[1]
+
+    def part(self, plan: Plan) -> frozenset[int]:
+        """Ids of the plan's parameters that the optimizer holds."""
+        return self._seen_by(plan)[2]
+
+    def _seen_by(self, plan: Plan) -> tuple[object, bytes | None, frozenset[int]]:
+        if self._of_plan is None or self._of_plan[0]() is not plan:
+            bound = [id(slot.parameter) for slot in plan.slots]
+            part = self.parameters.intersection(bound)
+            only = None if part.issuperset(bound) else bytes(p in part for p in bound)
+            self._of_plan = weakref.ref(plan), only, part
+        return self._of_plan
 
     def let_go(self) -> None:
         """Holds no parameter any more: the model is gone."""
-        self._parameters, self._groups, self._mask = [], [], None
+        self._parameters, self._groups, self._of_plan = [], [], None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -18,8 +18,11 @@ from .updates import UpdatesOf
 class Amplifying(Protocol):
     """An Amplifier's attachment to an optimizer."""
 
-    def update(self, call: Call) -> Collection[int]:
-        """Amplifies and updates its part of the parameters; their ids."""
+    def part(self) -> frozenset[int]:
+        """Before a step: ids of the parameters that it is to update; none if it takes no part."""
+
+    def update(self, call: Call) -> frozenset[int]:
+        """Amplifies and updates; ids of the parameters that it was for, as the model is now."""
 
 
 class Fused(Optimizer):
@@ -66,10 +69,11 @@ class Fused(Optimizer):
         updates, alone = self._parts()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         call = Call(scale, found_inf, update=updates)
-        done: set[int] = set()
-        for amplifier in tuple(self.amplifiers):
-            done.update(amplifier.update(call))
-        alone.step(call, done)
+        parts = [(amplifier, amplifier.part()) for amplifier in self.amplifiers]
+        taking = [(amplifier, part) for amplifier, part in parts if part]
+        if taking:
+            alone.check(call, taking[0][1])
+        alone.step(call, tuple(amplifier.update(call) for amplifier, _ in taking))
 
     def _parts(self) -> tuple[UpdatesOf, Alone]:
         parts: tuple[UpdatesOf, Alone] | None = self.__dict__.get("_fused_parts")

@@ -20,6 +20,8 @@ FLOORS = (
     "backends report",
     "checkpoint bound_model optim",
     "ops",
+    "one_step",
+    "attachment",
     "attach",
     "amplifier",
     "drop_in grad_scaler integrations placement plot doctor",
