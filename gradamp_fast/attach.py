@@ -13,6 +13,7 @@ from . import ops
 from .attachment import Attachment, makes_state_only, refuse_growth, warn_if_scale_invariant
 from .bound_model import BoundModel
 from .call import Call
+from .model.optimizers import scaling_of
 from .one_step import OneStep
 from .optim import Fused
 
@@ -60,8 +61,7 @@ class BeforeStep(Attachment):
         self._bound.follow(self._holding)
         call = Call()
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            scale = getattr(optimizer, "grad_scale", None)
-            call = Call(scale, getattr(optimizer, "found_inf", None), unscale=False)
+            call = Call(*scaling_of(optimizer), unscale=False)
         ops.step(self._bound, call, self._holding)
 
 

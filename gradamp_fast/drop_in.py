@@ -65,6 +65,7 @@ def fused_amplify(
         _arm(amplifier, innermost(optimizer), Call(grad_scale, found_inf, unscale))
         _KEPT[model] = amplifier, options if kept is None else kept[1]
         return amplifier
+    _let_go(amplifier.bound)  # what an earlier call armed: gradients are multiplied from here on
     if amplifier.attached:
         raise ValueError(
             "the model's Amplifier is attached to an optimizer, which calls it by itself: remove "
@@ -81,29 +82,38 @@ def fused_amplify(
     return amplifier
 
 
+def _arm(amplifier: Amplifier, optimizer: Optimizer, call: Call) -> None:
+    """The optimizer's next step amplifies, and that of no other that was armed."""
+    _let_go(amplifier.bound, but=optimizer)
+    found = _attachments(amplifier.bound, optimizer)
+    attachment = found[0] if found else WithinStep(amplifier.bound, optimizer, always=False)
+    try:
+        attachment.arm(call)
+    except ValueError:
+        if not found:
+            attachment.remove()
+        raise
+
+
+def _let_go(bound: BoundModel, but: Optimizer | None = None) -> None:
+    """Undoes what ``_arm`` did."""
+    for holding in list(bound.holdings):
+        for attachment in _attachments(bound, holding.optimizer):
+            if not attachment.always and holding.optimizer is not but:
+                attachment.remove()
+
+
 def _attachments(bound: BoundModel, optimizer: Optimizer | None) -> list[WithinStep]:
     """Those that take part in the steps of an optimizer of ``gradamp_fast.optim``."""
     given = optimizer.amplifiers if isinstance(optimizer, Fused) else ()
     return [a for a in given if isinstance(a, WithinStep) and a.amplifies_for(bound)]
 
 
-def _arm(amplifier: Amplifier, optimizer: Optimizer, call: Call) -> None:
-    """The optimizer's next step amplifies."""
-    found = _attachments(amplifier.bound, optimizer)
-    attachment = found[0] if found else WithinStep(amplifier.bound, optimizer, always=False)
-    attachment.arm(call)
-
-
 def reset(model: nn.Module) -> None:
     """Forgets the Amplifier that ``fused_amplify`` keeps for a model, with its options."""
     kept = _KEPT.pop(unwrap(model), None)
-    if kept is None:
-        return
-    bound = kept[0].bound
-    for holding in list(bound.holdings):
-        for attachment in _attachments(bound, holding.optimizer):
-            if not attachment.always:
-                attachment.remove()
+    if kept is not None:
+        _let_go(kept[0].bound)
 
 
 def _compare(amplifier: Amplifier, given: dict[str, Any]) -> None:

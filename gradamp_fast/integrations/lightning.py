@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from ..amplifier import Amplifier
 from ..attach import BeforeStep, attach, updates_itself
 from ..attachment import Attachment, innermost
-from ..bound_model import BoundModel
 from ..model.walk import unwrap
 from ..options import Options
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import ClassVar
 
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -108,3 +109,10 @@ class Holding:
     def let_go(self) -> None:
         """Holds no parameter any more: the model is gone."""
         self._parameters, self._groups, self._of_plan = [], [], None
+
+
+def scaling_of(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    """The loss scale and ``found_inf`` that a GradScaler left on an optimizer that unscales."""
+    scale, found_inf = (getattr(optimizer, n, None) for n in ("grad_scale", "found_inf"))
+    # Without any gradient a scaler leaves a sum over none, the number 0.
+    return scale, found_inf if isinstance(found_inf, Tensor) else None

@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..call import Call, Hyper
+from ..model.optimizers import scaling_of
 from .alone import Alone
 from .updates import UpdatesOf
 
@@ -67,8 +68,7 @@ class Fused(Optimizer):
     @torch.no_grad()
     def _update(self) -> None:
         updates, alone = self._parts()
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        call = Call(scale, found_inf, update=updates)
+        call = Call(*scaling_of(self), update=updates)
         parts = [(amplifier, amplifier.part()) for amplifier in self.amplifiers]
         taking = [(amplifier, part) for amplifier, part in parts if part]
         if taking:

@@ -16,7 +16,6 @@ from cases import COMPLEX, REALS, Place, same_bits
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-
 import gradamp_fast
 from gradamp_fast import optim
 
