@@ -30,7 +30,8 @@ TYPES = {
     "constexpr": "DTYPES BY_BITS GROWS",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
-FULL_BLOCK_LOADS = {FLOAT32: 8, BFLOAT16: 4, FLOAT16: 4, FLOAT64: 16}  # 16 bytes for each lane
+FULL_BLOCK_LOADS = {FLOAT32: 8, BFLOAT16: 4, FLOAT16: 4, FLOAT64: 8}  # 16 bytes for each lane
+MOST_REGISTERS = 65536 // (16 * 32)
 BODIES = 3  # measured, multiplied in the first phase, multiplied in the second
 
 
@@ -44,7 +45,7 @@ def compiled(target: GPUTarget, dtypes: int, cooperative: bool = False, grows: b
     source = ASTSource(
         step_kernel, signature, {"DTYPES": dtypes, "BY_BITS": False, "GROWS": grows}, aligned
     )
-    options = launch.compiler_options(dtypes, cooperative, target.backend == "hip")
+    options = launch.compiler_options(cooperative, target.backend == "hip")
     return triton.compile(source, target=target, options=options)
 
 
@@ -71,7 +72,7 @@ def test_widths_registers_and_spills(arch: int, dtypes: int, in_loop: int, in_al
     assert re.search(r"ld\.global\.b(16|32)\b", ptx), "no path for misaligned gradients"
     assert not re.search(r"\.ftz\.f32", ptx), "subnormal numbers would be lost"
 
-    assert f".maxnreg {65536 // (16 * 32)}" in ptx
+    assert f".maxnreg {MOST_REGISTERS}" in ptx
     sass = kernel.asm["sass"].splitlines()
     first_load = next(i for i, line in enumerate(sass) if "LDG.E.128" in line)
     first_store = next(i for i, line in enumerate(sass) if "STG.E.128" in line)
@@ -81,13 +82,13 @@ def test_widths_registers_and_spills(arch: int, dtypes: int, in_loop: int, in_al
 
 @pytest.mark.slow
 def test_fp64_and_a_grid_that_waits() -> None:
-    """Registers are not capped where elements are fp64."""
+    """fp64 takes no more registers than the rest: one such tensor would have all programs wait."""
     kernel = compiled(GPUTarget("cuda", 90, 32), FLOAT64, cooperative=True)
     assert kernel.metadata.launch_cooperative_grid
     wide = re.findall(r"ld\.global\.(?:v2\.b64|v4\.b32)", kernel.asm["ptx"])
     assert len(wide) == BODIES * FULL_BLOCK_LOADS[FLOAT64]
-    assert ".maxnreg" not in kernel.asm["ptx"]
-    assert spills(kernel.asm["sass"].splitlines()) <= 8
+    assert f".maxnreg {MOST_REGISTERS}" in kernel.asm["ptx"]
+    assert spills(kernel.asm["sass"].splitlines()) <= 32
 
 
 @pytest.mark.slow

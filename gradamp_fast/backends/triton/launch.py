@@ -13,7 +13,6 @@ from ...options import Rules
 from ...reference.state import State
 from ..compiled import for_kernel
 from . import step
-from .addresses import DTYPE_BITS
 from .columns import CONFIG
 from .tables import AddressTable, Tables
 
@@ -27,14 +26,14 @@ _MAX_PROGRAMS = 16
 _REGISTERS, _QUARTERS, _WARP, _GRANULE = 65536, 4, 32, 8
 
 
-def compiler_options(dtypes: int, cooperative: bool, hip: bool) -> dict[str, Any]:
-    """What the kernel is compiled with, for a set of dtypes, a bit for each."""
+def compiler_options(cooperative: bool, hip: bool) -> dict[str, Any]:
+    """What the kernel is compiled with."""
     options: dict[str, Any] = {
         "num_warps": 1,
         "enable_fp_fusion": True,
         "launch_cooperative_grid": cooperative,
     }
-    if not hip and not dtypes & DTYPE_BITS[torch.float64]:
+    if not hip:
         options["maxnreg"] = _REGISTERS // (_MAX_PROGRAMS * _WARP)
     return options
 
@@ -147,7 +146,7 @@ class Launcher:
             False,
             self._grows,
         )
-        options = compiler_options(dtypes, self.cooperative, bool(torch.version.hip))
+        options = compiler_options(self.cooperative, bool(torch.version.hip))
         kernel = step.step_kernel.warmup(*arguments, grid=(1,), **options)
         kernel[(1, 1, 1)](*arguments)  # loads it; phases 0 do nothing
         registers = -(-kernel.n_regs // _GRANULE) * _GRANULE * _WARP
