@@ -75,9 +75,10 @@ TENSOR_FIELDS = tl.constexpr(8)  # five and padding
 NUMEL, FIRST_TILE, FIRST_BUCKET, LAYER, BUCKET_LOG2 = (tl.constexpr(i) for i in range(5))
 TILING_FIELDS = tl.constexpr(4)  # of each layer
 TILES_FROM, TILES, GROUPS_FROM, GROUPS = (tl.constexpr(i) for i in range(4))
-# Programs that are done, steps that are, whether a layer is not finite; then for each layer its
+# Programs that are done, steps that are, whether a layer is not finite, each on a line of the cache
+# of its own, for programs wait on one while others write to the rest; then for each layer its
 # groups that are done, and for each group its tiles.
-PROGRAMS, GENERATION, NONFINITE, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
+PROGRAMS, GENERATION, NONFINITE, LAYER_TICKETS = (tl.constexpr(i * 32) for i in range(4))
 
 # An address and the code of the dtype behind it share a word.
 DTYPE_SHIFT, ADDRESS_BITS = tl.constexpr(60), tl.constexpr((1 << 60) - 1)

@@ -88,6 +88,19 @@ def _is_last(ticket, count):
 
 
 @triton.jit
+def _await(word, before):
+    """Until the word is not what it was. Loads wait side by side; of atomics one is done at a time.
+
+    The one at the end makes what was stored before the word changed visible here.
+    """
+    now = tl.load(word, volatile=True)
+    while now == before:
+        now = tl.load(word, volatile=True)
+    tl.atomic_add(word, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+
+
+@triton.jit
 def _inverse_scale(grad_scale):
     """1 / grad_scale, rounded once to fp32, given the address of a float or 0."""
     inverse = tl.full([], 1.0, tl.float64)
@@ -282,10 +295,7 @@ def step_kernel(
 
     if phases & MULTIPLY:
         if ((phases & MEASURE) != 0) & (not skipped):
-            now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
-            while now == generation:
-                now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
-            tl.debug_barrier()
+            _await(tickets + GENERATION, generation)
         counted = tl.load(verdict, cache_modifier=".cg") != 0
         if counted & (not skipped):
             common = rescale * tl.load(verdict + 1, cache_modifier=".cg")
