@@ -26,8 +26,8 @@ TYPES = {
     "*i32": "parity tile_tensor layer_tiles tickets",
     "*i64": "tensors addresses",
     "i64": "grad_scale found_inf buckets",
-    "i32": "measured layers measured_tiles tiles unscale begins_round decides phases",
-    "constexpr": "DTYPES BY_BITS GROWS",
+    "i32": "measured layers measured_tiles tiles unscale begins_round decides phases slots",
+    "constexpr": "DTYPES BY_BITS GROWS UPDATE",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 FULL_BLOCK_LOADS = {FLOAT32: 8, BFLOAT16: 4, FLOAT16: 4, FLOAT64: 8}  # 16 bytes for each lane
@@ -35,16 +35,21 @@ MOST_REGISTERS = 65536 // (16 * 32)
 BODIES = 3  # measured, multiplied in the first phase, multiplied in the second
 
 
-def compiled(target: GPUTarget, dtypes: int, cooperative: bool = False, grows: bool = False) -> Any:
+def compiled(
+    target: GPUTarget,
+    dtypes: int,
+    cooperative: bool = False,
+    grows: bool = False,
+    update: int = 0,
+) -> Any:
     signature = {name: TYPE_OF[name] for name in step_kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(step_kernel.arg_names)
         if TYPE_OF[name].startswith("*")
     }
-    source = ASTSource(
-        step_kernel, signature, {"DTYPES": dtypes, "BY_BITS": False, "GROWS": grows}, aligned
-    )
+    constants = {"DTYPES": dtypes, "BY_BITS": False, "GROWS": grows, "UPDATE": update}
+    source = ASTSource(step_kernel, signature, constants, aligned)
     options = launch.compiler_options(cooperative, target.backend == "hip")
     return triton.compile(source, target=target, options=options)
 

@@ -1,4 +1,5 @@
 # Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
+# ruff: noqa: RET505, SIM300
 # mypy: disable-error-code="no-untyped-def"
 """A gradient's elements: loaded, widened, rounded, stored. No fp64 for fp32, fp16 and bf16."""
 

@@ -1,7 +1,7 @@
 # Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: SIM300
 # mypy: disable-error-code="no-untyped-def"
-"""One program on one tile of one gradient: statistics, sketch and multiplication in one read.
+"""One program on one tile of one gradient: measured, and written or updated by, in one read.
 
 A program is one warp. It holds a block of elements at a time: loaded in order, looked at as
 ``[rows, lanes, vector]`` with a 16-byte vector of consecutive elements for each lane, so that
@@ -28,6 +28,7 @@ from .columns import (
     SHORT_LOG2,
 )
 from .element import LANES, at, block_of, load, product, store, wide_of, widen
+from .update import update_elements
 
 TILE = tl.constexpr(4096)  # elements of one tensor that one program measures at a time
 WIDTH = tl.constexpr(64)  # rows of sums, or layers, that one program looks at together
@@ -135,14 +136,14 @@ def _store_buckets(signed, buckets, bucket_log2, left):
 
 @triton.jit
 def measure_elements(
-    tensor_address, first, count, multiplier, buckets, bucket_log2, row,
-    ELEMENT: tl.constexpr, BY_BITS: tl.constexpr,
+    tensor_address, first, count, policy, buckets, bucket_log2, row,
+    ELEMENT: tl.constexpr, BY_BITS: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
     """Sums of a tile's elements to ``row``, the sums of its runs to ``buckets``.
 
-    ``first`` is the index of the tile's first element in the tensor. Elements are multiplied
-    unless the multiplier is 1. ``bucket_log2`` -1: no sketch. ``row`` gets the count, the tile's
-    first element c, and the sums of x - c and (x - c)^2.
+    ``first`` is the index of the tile's first element in the tensor; ``policy`` is what
+    ``policy_for`` says. ``bucket_log2`` -1: no sketch. ``row`` gets the count, the tile's first
+    element c, and the sums of x - c and (x - c)^2.
     """
     WIDE: tl.constexpr = wide_of(ELEMENT)
     BLOCK: tl.constexpr = block_of(ELEMENT)
@@ -152,7 +153,6 @@ def measure_elements(
     ROWS: tl.constexpr = BLOCK // (LANES * VECTOR)
     offsets = tl.arange(0, BLOCK)
     aligned = address % 16 == 0
-    factor = multiplier.to(WIDE)
     centre = widen(tl.load(at(address, BYTES, ELEMENT)), WIDE, BY_BITS).to(tl.float64)
     sums = tl.zeros([LANES], tl.float64)
     squares = tl.zeros([LANES], tl.float64)
@@ -170,9 +170,15 @@ def measure_elements(
             signed = _signed(x, first + begin, WIDE)
             runs = buckets + (begin >> bucket_log2)
             _store_buckets(signed, runs, bucket_log2, count - begin)
-        if factor != 1:
-            y = tl.reshape(product(x, factor, ELEMENT, BY_BITS), [BLOCK])
-            store(part, offsets, y, aligned, ELEMENT, VECTOR)
+        if UPDATE == 0:
+            factor = policy[0].to(WIDE)
+            if factor != 1:
+                y = tl.reshape(product(x, factor, ELEMENT, BY_BITS), [BLOCK])
+                store(part, offsets, y, aligned, ELEMENT, VECTOR)
+        else:
+            update_elements(
+                policy, address, first, begin, begin + BLOCK, ELEMENT, BY_BITS, UPDATE, True
+            )
     if full < count:
         left = count - full
         valid = offsets < left
@@ -188,9 +194,13 @@ def measure_elements(
             signed = _signed(x, first + full, WIDE)
             runs = buckets + (full >> bucket_log2)
             _store_buckets(signed, runs, bucket_log2, left)
-        if factor != 1:
-            y = tl.reshape(product(x, factor, ELEMENT, BY_BITS), [BLOCK])
-            tl.store(pointer + offsets, y, mask=valid)
+        if UPDATE == 0:
+            factor = policy[0].to(WIDE)
+            if factor != 1:
+                y = tl.reshape(product(x, factor, ELEMENT, BY_BITS), [BLOCK])
+                tl.store(pointer + offsets, y, mask=valid)
+        else:
+            update_elements(policy, address, first, full, count, ELEMENT, BY_BITS, UPDATE, False)
 
     tl.store(row + ROW_COUNT, count.to(tl.float64))
     tl.store(row + ROW_MEAN, centre)
@@ -199,30 +209,35 @@ def measure_elements(
 
 
 @triton.jit
-def multiply_elements(
-    tensor_address, first, count, multiplier, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr
-):
-    """Multiplies a tile's elements in fp32 (fp64 for fp64), rounding once."""
+def write_elements(
+    tensor_address, first, count, policy,
+    ELEMENT: tl.constexpr, BY_BITS: tl.constexpr, UPDATE: tl.constexpr,
+):  # fmt: skip
+    """Does with a tile's elements what the policy says, without measuring them."""
     WIDE: tl.constexpr = wide_of(ELEMENT)
     BLOCK: tl.constexpr = block_of(ELEMENT)
     BYTES: tl.constexpr = ELEMENT.primitive_bitwidth // 8
     address = tensor_address + first * BYTES
     VECTOR: tl.constexpr = 16 // BYTES
-    offsets = tl.arange(0, BLOCK)
-    aligned = address % 16 == 0
-    factor = multiplier.to(WIDE)
-    if factor != 1:
-        full = count // BLOCK * BLOCK
-        for begin in range(0, full, BLOCK):
-            part = address + begin * BYTES
-            x = widen(load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
-            y = product(x, factor, ELEMENT, BY_BITS)
-            store(part, offsets, y, aligned, ELEMENT, VECTOR)
-        if full < count:
-            valid = offsets < count - full
-            pointer = at(address + full * BYTES, BYTES, ELEMENT)
-            x = widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
-            tl.store(pointer + offsets, product(x, factor, ELEMENT, BY_BITS), mask=valid)
+    full = count // BLOCK * BLOCK
+    if UPDATE == 0:
+        offsets = tl.arange(0, BLOCK)
+        aligned = address % 16 == 0
+        factor = policy[0].to(WIDE)
+        if factor != 1:
+            for begin in range(0, full, BLOCK):
+                part = address + begin * BYTES
+                x = widen(load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
+                y = product(x, factor, ELEMENT, BY_BITS)
+                store(part, offsets, y, aligned, ELEMENT, VECTOR)
+            if full < count:
+                valid = offsets < count - full
+                pointer = at(address + full * BYTES, BYTES, ELEMENT)
+                x = widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
+                tl.store(pointer + offsets, product(x, factor, ELEMENT, BY_BITS), mask=valid)
+    else:
+        update_elements(policy, address, first, 0, full, ELEMENT, BY_BITS, UPDATE, True)
+        update_elements(policy, address, first, full, count, ELEMENT, BY_BITS, UPDATE, False)
 
 
 @triton.jit
