@@ -151,6 +151,17 @@ class State:
                 slot = plan.slots[index]
                 self.sketch[:, slot.first_bucket :][:, : slot.buckets].zero_()
 
+    def tell_updates(self, layers: Sequence[bool]) -> None:
+        """Of which layers an optimizer's updates are multiplied, not the gradients.
+
+        A layer of which that changes has no least variance.
+        """
+        on_update = torch.tensor(layers, dtype=torch.float64, device=self.device)
+        changed = on_update != self.column("on_update")
+        least = self.column("least_variance")
+        least.copy_(torch.where(changed, FIRST["least_variance"], least))
+        self.column("on_update").copy_(on_update)
+
     def release(self) -> None:
         """Every layer may grow again, from where it is, after a new look at the whole model."""
         self.scalar("gated").zero_()
