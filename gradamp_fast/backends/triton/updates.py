@@ -47,6 +47,7 @@ class UpdateRows:
         self.words: list[int] = []
         self._parameters = [slot.parameter for slot in plan.slots]
         self._written: list[Tensor] = []
+        self._hypers: list[Hyper] = []  # keep learning rates that are tensors until the launch
         self._of: tuple[object, ...] = ()  # the optimizer and its groups, as of what is known
         self._known: list[_Known | None] = []
 
@@ -55,7 +56,7 @@ class UpdateRows:
         updates = call.update
         assert updates is not None
         updates.look()
-        hypers = updates.hypers()
+        hypers = self._hypers = updates.hypers()
         self.rule = _rule(hypers)
         of = (id(updates), updates.version, *(hyper.states for hyper in hypers))
         if gradients.fresh or self._of != of or not self._as_before(updates, gradients.words):
@@ -69,7 +70,7 @@ class UpdateRows:
 
     def written(self) -> None:
         """Tells torch that the kernel wrote to what was read, and lets go of it."""
-        written, self._written = self._written, []
+        written, self._written, self._hypers = self._written, [], []
         torch.autograd.graph.increment_version(t for t in written if not t.is_inference())
 
     def _look(
