@@ -91,8 +91,9 @@ class CpuEngine final : public Engine {
     }
     const bool with_excluded = norm || (one_pass && (unscale != 1.0 || in.update));
     each_tile(with_excluded ? tiling_.num_tiles : tiling_.measured_tiles, [&](int64_t tile) {
-      if (norm || tile < tiling_.measured_tiles) measure(in, tile, inverse);
-      if (one_pass) apply(in, tile);
+      const bool measured = norm || tile < tiling_.measured_tiles;
+      if (measured) measure(in, tile, inverse, one_pass);
+      if (one_pass && !(measured && in.update)) apply(in, tile);
     });
 
     SerialGroup group;
@@ -154,7 +155,8 @@ class CpuEngine final : public Engine {
             std::min(kTileElements, tensor.numel - first)};
   }
 
-  void measure(const StepInputs& in, int64_t tile, double inverse) {
+  // `updates`: if that is what is done with the elements, it is done in the same pass.
+  void measure(const StepInputs& in, int64_t tile, double inverse, bool updates) {
     const Slice part = slice(in, tile);
     if (!part.data) return;
     const int64_t t = tiling_.tile_tensor[tile];
@@ -162,6 +164,11 @@ class CpuEngine final : public Engine {
     const int64_t first = int64_t{tensor.first_word} * 32 + part.first;
     MeasureTile work = {part.data, in.dtypes[t], first,   part.count, tensor.bucket_log2,
                         inverse,   0.0,          nullptr, nullptr};
+    UpdateTile update;
+    if (updates && in.update) {
+      update = update_of(in, part, t);
+      work.update = &update;
+    }
     if (t < tiling_.measured) {
       const int64_t bucket = tensor.first_bucket + (part.first >> tensor.bucket_log2);
       work.weight = next_weight(state_.layers[tensor.layer], config_.decay);
@@ -177,20 +184,21 @@ class CpuEngine final : public Engine {
     const int64_t t = tiling_.tile_tensor[tile];
     if (!part.data) return;
     if (in.update) {
-      update(in, part, t);
+      chosen().kernels->update(update_of(in, part, t));
     } else if (multipliers_[t] != 1.0) {
       chosen().kernels->multiply(part.data, in.dtypes[t], part.count, multipliers_[t]);
     }
   }
 
-  void update(const StepInputs& in, const Slice& part, int64_t t) {
+  UpdateTile update_of(const StepInputs& in, const Slice& part, int64_t t) const {
     const UpdateTensor& tensor = in.update->tensors[t];
     const Hyper& hyper = in.update->groups[tensor.group];
     const int64_t offset = part.first * element_bytes(in.dtypes[t]);
     const auto at = [&](void* data) { return static_cast<char*>(data) + offset; };
-    UpdateTile work = {part.data, at(tensor.parameter), {}, in.dtypes[t], part.count, &hyper, &terms_[t]};
-    for (int s = 0; s < update_states(hyper); ++s) work.states[s] = at(tensor.states[s]);
-    chosen().kernels->update(work);
+    UpdateTile tile = {part.data,  at(tensor.parameter), {},        in.dtypes[t],
+                       part.count, &hyper,               &terms_[t]};
+    for (int s = 0; s < update_states(hyper); ++s) tile.states[s] = at(tensor.states[s]);
+    return tile;
   }
 
   // Tiles to layers, always in tile order.

@@ -6,6 +6,16 @@
 
 namespace gradamp::cpu {
 
+struct UpdateTile {
+  const void* gradient;        // the tile's first element, at any address; likewise the others'
+  void* parameter;
+  void* states[kUpdateStates];
+  DType dtype;                 // of all of them
+  int64_t count;
+  const Hyper* hyper;
+  const UpdateTerms<double>* terms;
+};
+
 struct MeasureTile {
   const void* data;    // the tile's first element, at any address
   DType dtype;
@@ -16,16 +26,7 @@ struct MeasureTile {
   double weight;       // of this step in the running means
   const float* means;  // of the tile's buckets, before this step; null: moments only
   float* next_means;   // and after it
-};
-
-struct UpdateTile {
-  const void* gradient;        // the tile's first element, at any address, and so of the others
-  void* parameter;
-  void* states[kUpdateStates];
-  DType dtype;                 // of all of them
-  int64_t count;
-  const Hyper* hyper;
-  const UpdateTerms<double>* terms;
+  const UpdateTile* update = nullptr;  // of the same tile: updated as it is measured
 };
 
 struct TileKernels {

@@ -125,6 +125,13 @@ inline void store(fp16* p, f32v x) {
 #endif
 }
 
+template <class T>
+inline void store_last(T* data, f32v x, int64_t lanes) {
+  T last[kLanes];
+  store(last, x);
+  std::memcpy(data, last, lanes * sizeof(T));
+}
+
 // ---- arithmetic that operators have not ----------------------------------------------
 
 inline f32v larger(f32v a, f32v b) { return a < b ? b : a; }
