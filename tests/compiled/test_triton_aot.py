@@ -16,10 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gradamp_fast.backends.triton import launch
+from gradamp_fast.backends.triton import columns, launch
 from gradamp_fast.backends.triton.step import step_kernel
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = (1 << code for code in range(4))
+SGD, ADAM, AMSGRAD = columns.SGD.value, columns.ADAM.value, columns.AMSGRAD.value
 TYPES = {
     "*fp64": "values config tile_rows group_rows layer_rows scores verdict",
     "*fp32": "sketch",
@@ -52,6 +53,39 @@ def compiled(
     source = ASTSource(step_kernel, signature, constants, aligned)
     options = launch.compiler_options(cooperative, target.backend == "hip")
     return triton.compile(source, target=target, options=options)
+
+
+def innermost_loops(sass: list[str]) -> list[list[str]]:
+    """The instructions of each loop that has none within."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in sass:
+        if label := re.match(r"\.?(LBB\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif ";" in line:
+            target = re.search(r"BRA.*?(LBB\d+)", line)
+            if target and target[1] in labels:
+                loops.append((labels[target[1]], len(instructions)))
+            instructions.append(line)
+    inner = [
+        (first, last)
+        for first, last in loops
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+    ]
+    return [instructions[first : last + 1] for first, last in inner]
+
+
+def only_used_by(ptx: str, operation: str, user: str) -> int:
+    """How many results of an operation go into nothing but the user."""
+    results, users = set[str](), dict[str, set[str]]()
+    for line in ptx.splitlines():
+        if parts := re.match(r"\s*(?:@\S+ )?(\S+)\s+(\S+?), (.*);", line):
+            if parts[1] == operation:
+                results.add(parts[2])
+            for source in re.findall(r"%\w+", parts[3]):
+                users.setdefault(source, set()).add(parts[1])
+    return sum(users.get(result) == {user} for result in results)
 
 
 def spills(lines: list[str]) -> int:
@@ -103,8 +137,44 @@ def test_growth_spills_next_to_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "dtypes", "rule", "in_all"),
+    [
+        (80, FLOAT16, ADAM, 192),
+        (90, FLOAT32 | BFLOAT16, SGD, 128),
+        (90, FLOAT32 | BFLOAT16, ADAM, 384),
+        (90, FLOAT32, AMSGRAD, 256),
+    ],
+)
+def test_updates(arch: int, dtypes: int, rule: int, in_all: int) -> None:
+    """16-byte accesses to every tensor, registers that suffice, and products that are rounded."""
+    kernel = compiled(GPUTarget("cuda", arch, 32), dtypes, update=rule)
+    ptx, sass = kernel.asm["ptx"], kernel.asm["sass"].splitlines()
+    run, tensors = (256, 4) if rule == AMSGRAD else (512, rule + 1)
+    loads = stores = products = 0
+    for dtype, measured in FULL_BLOCK_LOADS.items():
+        if dtype & dtypes:
+            vectors = measured * run // 1024
+            loads += measured + BODIES * vectors * (tensors + 1)
+            stores += BODIES * vectors * tensors
+            products += 2 * BODIES * run // 32  # runs that are whole, and those that are not
+    assert len(re.findall(r"ld\.global\.(?:cg\.)?v4\.b32", ptx)) == loads
+    assert len(re.findall(r"ld\.global\.cg\.v4\.b32", ptx)) == stores
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == stores
+    assert only_used_by(ptx, "mul.f32", "xor.b32") == products
+    # The exponential of fp64 looks at its upper half as at an fp32 number; that is no arithmetic.
+    assert not re.search(r"(add|sub|mul|fma|div|sqrt)\S*\.ftz\.f32|sqrt\.approx|div\.full", ptx)
+    assert f".maxnreg {MOST_REGISTERS}" in ptx
+    runs = [loop for loop in innermost_loops(sass) if any("STG.E.128" in line for line in loop)]
+    assert len(runs) == BODIES * bin(dtypes).count("1")
+    assert [spills(loop) for loop in runs] == [0] * len(runs)
+    assert spills(sass) <= in_all
+
+
+@pytest.mark.slow
 def test_amd() -> None:
     """The source compiles for AMD as it is."""
+    compiled(GPUTarget("hip", "gfx942", 64), BFLOAT16, update=ADAM)
     kernel = compiled(GPUTarget("hip", "gfx942", 64), FLOAT32)
     assert len(re.findall(r"global_load_dwordx4", kernel.asm["amdgcn"])) > 0
 
