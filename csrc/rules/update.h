@@ -55,6 +55,15 @@ GRADAMP_HD double learning_rate(const Hyper& h) {
                           : static_cast<double>(*static_cast<const float*>(h.rate));
 }
 
+// Of a whole exponent, which is what counts of updates are: a few products, where pow() takes
+// hundreds of instructions on a GPU.
+GRADAMP_HD double power(double base, double exponent) {
+  double result = 1.0;
+  for (auto left = static_cast<uint64_t>(exponent); left != 0; left >>= 1, base *= base)
+    if (left & 1) result *= base;
+  return result;
+}
+
 // `multiplier`: the layer's; `inverse`: of the gradients' scale, 1 where they are not scaled;
 // `steps`: updates of the tensor before this one. SGD's first takes the gradient for momentum.
 template <class T>
@@ -72,8 +81,8 @@ GRADAMP_HD UpdateTerms<T> update_terms(const Hyper& h, double multiplier, double
     t.rate = static_cast<T>(lr);
     return t;
   }
-  const double corrected1 = 1.0 - pow(h.beta1, steps + 1.0);
-  const double corrected2 = sqrt(1.0 - pow(h.beta2, steps + 1.0));
+  const double corrected1 = 1.0 - power(h.beta1, steps + 1.0);
+  const double corrected2 = sqrt(1.0 - power(h.beta2, steps + 1.0));
   t.gradient = static_cast<T>(sign * inverse);
   t.coupled = static_cast<T>(h.decoupled ? 0.0 : h.weight_decay);
   t.faded = static_cast<T>(h.decoupled ? lr * h.weight_decay : 0.0);
@@ -119,27 +128,38 @@ struct Math<double> {
   GRADAMP_HD_MEMBER static double larger(double x, double y) { return x < y ? y : x; }
 };
 
+// a x + y. On a GPU rounded once and always the same way: left to itself the compiler chooses anew
+// wherever this is inlined, and the same update would differ from one kernel to another.
+template <class T, class V>
+GRADAMP_HD V multiply_add(T a, V x, V y) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, x, y);
+#else
+  return a * x + y;
+#endif
+}
+
 // p: the parameter's elements; g: the gradient's, as backward() left them.
 template <bool kMomentum, class V, class T>
 GRADAMP_HD void update_sgd(const UpdateTerms<T>& t, V& p, V g, V& momentum) {
   g = Math<V>::product(g, t.gradient);
-  g = g + t.coupled * p;
+  g = multiply_add(t.coupled, p, g);
   if (kMomentum) {
-    momentum = t.keep1 * momentum + t.add1 * g;
-    g = t.plain * g + t.ahead * momentum;
+    momentum = multiply_add(t.keep1, momentum, t.add1 * g);
+    g = multiply_add(t.plain, g, t.ahead * momentum);
   }
-  p = p - t.rate * g;
+  p = multiply_add(-t.rate, g, p);
 }
 
 template <bool kAmsgrad, class V, class T>
 GRADAMP_HD void update_adam(const UpdateTerms<T>& t, V& p, V g, V& first, V& second, V& largest) {
   g = Math<V>::product(g, t.gradient);
-  g = g + t.coupled * p;
-  first = t.keep1 * first + t.add1 * g;
-  second = t.keep2 * second + t.add2 * g * g;
+  g = multiply_add(t.coupled, p, g);
+  first = multiply_add(t.keep1, first, t.add1 * g);
+  second = multiply_add(t.add2 * g, g, t.keep2 * second);
   if (kAmsgrad) largest = Math<V>::larger(largest, second);
   const V root = Math<V>::root(kAmsgrad ? largest : second);
-  p = p - t.faded * p;
+  p = multiply_add(-t.faded, p, p);
   p = p - t.rate * first / (root + t.eps);
 }
 
