@@ -239,7 +239,7 @@ class CudaEngine final : public Engine {
       limits_.cooperative = false;
     }
     const cudaError_t error = launch_phase(kMeasure, chunks, stream);
-    return error == cudaSuccess ? launch_phase(kMultiply, chunks, stream) : error;
+    return error == cudaSuccess ? launch_phase(kWrite, chunks, stream) : error;
   }
 
   cudaError_t launch_phase(Phases phase, const std::vector<Chunk>& chunks, cudaStream_t stream) {

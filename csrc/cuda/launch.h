@@ -58,7 +58,7 @@ struct StepArgs {
   bool measure_only;           // work.layers is left to the caller: nothing is committed
 };
 
-enum Phases : int { kMeasure = 1, kMultiply = 2, kBoth = 3 };
+enum Phases : int { kMeasure = 1, kWrite = 2, kBoth = 3 };
 
 // An address and the dtype behind it in one word: device pointers leave the top bits clear.
 constexpr int kDTypeShift = 60;

@@ -1,4 +1,5 @@
-// One warp on one tile of one gradient: statistics, sketch and multiplication in one read.
+// One warp on one tile of one gradient: statistics, sketch and what is done with the elements in
+// one read.
 //
 // A tile comes in steps of several rows of one 16-byte vector in every lane. Which step, row
 // and lane an element belongs to follows from its index alone, so sums do not depend on
@@ -11,10 +12,11 @@
 namespace gradamp::cuda {
 
 // Whole steps from element `begin` on, of which the first is there; returns where they end.
-// That of the last is still to be called done.
-template <class E, bool kOdd, bool kWrite, class Steps>
+// That of the last is still to be called done. `on_step` is told of each once it is measured: the
+// step, where its first element lies in it, which of the tile's that is, and how many there are.
+template <class E, bool kOdd, bool kWrite, class Steps, class OnStep>
 __device__ __forceinline__ int measure_whole(Steps& stream, const Work& work, int begin,
-                                             LaneSums& sums) {
+                                             LaneSums& sums, const OnStep& on_step) {
   using Wide = typename E::Wide;
   using R = Runs<E>;
   constexpr int kStep = kElementsPerStep<E>, kHalf = kStep / 2;
@@ -70,6 +72,7 @@ __device__ __forceinline__ int measure_whole(Steps& stream, const Work& work, in
     if (kWrite && !aligned)
       write_elements<E>(work.data + (begin - kStep) * kElementBytes<E>, step, kOdd ? 2 : 0, kStep,
                         factor);
+    on_step(step, kOdd ? 2 : 0, begin - kStep, kStep);
     if (squares_out_of_range<E>(d2)) {
       add_step_scaled<E, kOdd>(sums, step, shift, d2);
     } else {
@@ -120,12 +123,12 @@ __device__ __forceinline__ void measure_rows(const Work& work, const Step& step,
 
 // One step from element `begin` on, or several whole ones; returns where they end. That of
 // the last is still to be called done.
-template <class E, class Steps>
+template <class E, bool kMultiplies, class Steps, class OnStep>
 __device__ __forceinline__ int measure_steps(Steps& stream, const Work& work, int begin,
-                                             LaneSums& sums) {
+                                             LaneSums& sums, const OnStep& on_step) {
   const int left = work.tile->count - begin, log2 = work.tile->bucket_log2;
   const int offset = sizeof(typename E::Raw) == 2 ? stage_offset(work.data) : 0;
-  const bool write = work.multiplier != 1.0;
+  const bool write = kMultiplies && work.multiplier != 1.0;
   const Step step = stream.take();
   if (begin == 0) {
     const double shift = find_shift<E>(step, offset, left);
@@ -135,11 +138,11 @@ __device__ __forceinline__ int measure_steps(Steps& stream, const Work& work, in
   if (log2 != 0 && left >= kElementsPerStep<E>) {
     if constexpr (sizeof(typename E::Raw) == 2) {
       if (offset)
-        return write ? measure_whole<E, true, true>(stream, work, begin, sums)
-                     : measure_whole<E, true, false>(stream, work, begin, sums);
+        return write ? measure_whole<E, true, true>(stream, work, begin, sums, on_step)
+                     : measure_whole<E, true, false>(stream, work, begin, sums, on_step);
     }
-    return write ? measure_whole<E, false, true>(stream, work, begin, sums)
-                 : measure_whole<E, false, false>(stream, work, begin, sums);
+    return write ? measure_whole<E, false, true>(stream, work, begin, sums, on_step)
+                 : measure_whole<E, false, false>(stream, work, begin, sums, on_step);
   }
   const int now = left < kElementsPerStep<E> ? left : kElementsPerStep<E>;
   measure_rows<E>(work, step, begin, now, sums);
@@ -148,6 +151,7 @@ __device__ __forceinline__ int measure_steps(Steps& stream, const Work& work, in
   if (write)
     write_elements<E>(work.data + begin * kElementBytes<E>, step, offset, now,
                       static_cast<typename E::Wide>(work.multiplier));
+  on_step(step, offset, begin, now);
   return begin + now;
 }
 
