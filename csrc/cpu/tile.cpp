@@ -3,6 +3,9 @@
 #include "vec.h"
 
 namespace gradamp::cpu::GRADAMP_ISA {
+
+void update(const UpdateTile& tile);  // update.cpp
+
 namespace {
 
 constexpr int kVectors = 4;  // independent accumulators: hides the latency of an addition
@@ -34,7 +37,6 @@ struct LaneSums {
 };
 
 inline f32v smaller(f32v a, f32v b) { return a < b ? a : b; }
-inline f32v larger(f32v a, f32v b) { return a < b ? b : a; }
 
 // Each lane's first element, or the median of its first three, which is no outlier: all
 // others would lie far from that, and their squares would hide the variance.
@@ -86,14 +88,6 @@ Moments combine(const LaneSums& sums, int64_t n, double shift_unit = 1.0,
   }
   const double spread = sum_lanes(m2);
   return {static_cast<double>(n), centre, spread < 0.0 ? 0.0 : spread};
-}
-
-// The last elements of a tile, fewer than a vector, with zeros behind them.
-template <class T>
-f32v load_last(const T* data, int64_t lanes) {
-  T last[kLanes] = {};
-  std::memcpy(last, data, lanes * sizeof(T));
-  return load(last);
 }
 
 // Moments of n >= kBlock elements whose squares leave the range of fp32, taken again with
@@ -365,6 +359,6 @@ void multiply(void* data, DType dtype, int64_t count, double multiplier) {
 }  // namespace
 
 extern const TileKernels kernels;
-const TileKernels kernels = {measure, multiply};
+const TileKernels kernels = {measure, multiply, update};
 
 }  // namespace gradamp::cpu::GRADAMP_ISA

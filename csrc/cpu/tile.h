@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../rules/state.h"
+#include "../rules/update.h"
 
 namespace gradamp::cpu {
 
@@ -17,11 +18,23 @@ struct MeasureTile {
   float* next_means;   // and after it
 };
 
+struct UpdateTile {
+  const void* gradient;        // the tile's first element, at any address, and so of the others
+  void* parameter;
+  void* states[kUpdateStates];
+  DType dtype;                 // of all of them
+  int64_t count;
+  const Hyper* hyper;
+  const UpdateTerms<double>* terms;
+};
+
 struct TileKernels {
   Sums (*measure)(const MeasureTile& tile);
   // data[0 .. count) *= multiplier, computed in fp32 (fp64 for fp64), rounded once,
   // and in fp16 no larger than 65,504 where it was finite.
   void (*multiply)(void* data, DType dtype, int64_t count, double multiplier);
+  // Each element computed in fp32 (fp64 for fp64) and rounded once.
+  void (*update)(const UpdateTile& tile);
 };
 
 }  // namespace gradamp::cpu

@@ -95,38 +95,35 @@ GRADAMP_HD UpdateTerms<T> update_terms(const Hyper& h, double multiplier, double
   return t;
 }
 
-template <class V>
-struct Math;
-
-// The product is rounded before anything is added to it: that makes SGD equal, bit for bit, to
+// A product that is rounded before anything is added to it: that makes SGD equal, bit for bit, to
 // SGD on gradients that were multiplied before.
-template <>
-struct Math<float> {
-  GRADAMP_HD_MEMBER static float product(float x, float y) {
+GRADAMP_HD float rounded_product(float x, float y) {
 #if defined(__CUDA_ARCH__)
-    return __fmul_rn(x, y);
+  return __fmul_rn(x, y);
 #else
-    volatile float rounded = x * y;
-    return rounded;
+  volatile float product = x * y;
+  return product;
 #endif
-  }
-  GRADAMP_HD_MEMBER static float root(float x) { return sqrtf(x); }
-  GRADAMP_HD_MEMBER static float larger(float x, float y) { return x < y ? y : x; }
+}
+GRADAMP_HD double rounded_product(double x, double y) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(x, y);
+#else
+  volatile double product = x * y;
+  return product;
+#endif
+}
+
+namespace {  // as GRADAMP_HD: not to be merged
+
+template <class V>
+struct Math {
+  GRADAMP_HD_MEMBER static V product(V x, V y) { return rounded_product(x, y); }
+  GRADAMP_HD_MEMBER static V root(V x) { return sqrt(x); }
+  GRADAMP_HD_MEMBER static V larger(V x, V y) { return x < y ? y : x; }
 };
 
-template <>
-struct Math<double> {
-  GRADAMP_HD_MEMBER static double product(double x, double y) {
-#if defined(__CUDA_ARCH__)
-    return __dmul_rn(x, y);
-#else
-    volatile double rounded = x * y;
-    return rounded;
-#endif
-  }
-  GRADAMP_HD_MEMBER static double root(double x) { return sqrt(x); }
-  GRADAMP_HD_MEMBER static double larger(double x, double y) { return x < y ? y : x; }
-};
+}  // namespace
 
 // a x + y. On a GPU rounded once and always the same way: left to itself the compiler chooses anew
 // wherever this is inlined, and the same update would differ from one kernel to another.

@@ -41,11 +41,11 @@ from .step import (
     touched,
     update_all,
 )
-from .update import Hyper, Updated, UpdateRule, update
+from .update import update
 
 __all__ = [
-    "EARLY", "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "LOW", "SURGE", "Hyper", "Standing", "State",
-    "Sums", "UpdateRule", "Updated",
+    "EARLY", "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "LOW", "SURGE", "Standing", "State",
+    "Sums",
     "active_factor", "bucket_sums", "chosen_scores", "commit", "decide", "draws", "end_round",
     "excluded_squares", "finish", "last_decision", "mark_found_inf", "measure", "merge",
     "moments_of", "multipliers", "multiply", "nonfinite_layers", "product", "scores", "signs",

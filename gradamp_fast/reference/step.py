@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Updated
 from ..model.plan import Plan
 from ..options import Rules
 from .decide import Standing, Sums, active_factor, commit, multipliers, rescale
 from .moments import constant, merge, moments_of, total
 from .sketch import bucket_sums
 from .state import State
-from .update import Updated, update
+from .update import update
 
 
 def standing(state: State, rules: Rules, call: Call) -> Standing:

@@ -3,55 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-UpdateRule = Literal["sgd", "adam"]
-
-
-class Hyper(NamedTuple):
-    """Hyper-parameters of one parameter group, by torch's names but for SGD's.
-
-    Attributes:
-        beta1: with ``rule="sgd"`` the momentum.
-        beta2: with ``rule="sgd"`` the dampening.
-        decoupled: whether the decay acts on the parameter, not on the gradient.
-    """
-
-    rule: UpdateRule
-    lr: float | Tensor
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float = 0.0
-    maximize: bool = False
-    nesterov: bool = False
-    amsgrad: bool = False
-    decoupled: bool = False
-
-    @property
-    def states(self) -> Sequence[str]:
-        """Keys of the optimizer's state of a parameter, in the order that kernels have them in."""
-        if self.rule == "sgd":
-            return ("momentum_buffer",) if self.beta1 else ()
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if self.amsgrad else 2]
-
-
-class Updated(NamedTuple):
-    """A tensor to update: flat real views of n elements, in the memory order of its gradient.
-
-    Attributes:
-        states: as ``Hyper.states`` names them, in the parameter's dtype.
-        steps: updates before this one: fp32 [].
-    """
-
-    hyper: Hyper
-    group: int
-    parameter: Tensor
-    states: tuple[Tensor, ...]
-    steps: Tensor
+from ..call import Hyper, Updated
 
 
 @torch.no_grad()
