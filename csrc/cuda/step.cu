@@ -55,23 +55,19 @@ __device__ __forceinline__ void multiply_tiles(const StepArgs& a,
 
 // The policy: gradients are multiplied where they lie.
 struct Multiply {
-  static constexpr bool kMultiplies = true;
+  __device__ static constexpr bool measures() { return true; }
 
   // What the first phase multiplies a tile by: what is known before this step's sums.
   __device__ double prepare(const StepArgs& a, const TileFacts& facts, const Common& common,
-                            DType dtype) const {
+                            DType dtype, const char*) const {
     if (!a.write_in_first_phase) return 1.0;
     const double own = standing_amplification(a, facts, common);
     return as_applied(own * (a.unscale ? common.inverse : 1.0), dtype);
   }
-  template <class E>
-  __device__ void on_step(const Step&, int, int, int) const {}
-  __device__ bool first_phase_ends(const StepArgs& a) const { return a.last_launch; }
-  template <int kCapacity>
-  __device__ void end(const StepArgs&, const AddressTable<kCapacity>&) const {}
-  template <int kCapacity>
-  __device__ void second_phase(const StepArgs& a, const AddressTable<kCapacity>& table) const {
-    multiply_tiles(a, table);
+  template <class E, class Steps>
+  __device__ __forceinline__ int work_on_steps(Steps& stream, const Work& work, int begin,
+                                               LaneSums& sums) const {
+    return measure_steps<E, true>(stream, work, begin, sums);
   }
 };
 
@@ -79,30 +75,41 @@ template <int kCapacity>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     step_kernel(const __grid_constant__ StepArgs a,
                 const __grid_constant__ AddressTable<kCapacity> table, int phases) {
-  run_step(a, table, phases, Multiply{});
+  if (phases & kMeasure) {
+    if (is_skipped(a)) return;
+    work_on_tiles(a, table, Multiply{});
+    if (a.last_launch && is_last_block(a)) conclude(a);
+  }
+  if (phases == kBoth) cooperative_groups::this_grid().sync();
+  if (phases & kWrite) multiply_tiles(a, table);
 }
 
-const void* kernel_for(int capacity) {
+const void* kernel_for(Kind kind, int capacity, bool measures) {
+  if (kind == Kind::kSgd) return sgd_kernel(capacity, measures);
+  if (kind == Kind::kAdam) return adam_kernel(capacity, measures);
   return capacity == kSmallTable ? reinterpret_cast<const void*>(&step_kernel<kSmallTable>)
                                  : reinterpret_cast<const void*>(&step_kernel<kLargeTable>);
 }
 
-constexpr int kSharedBytes = sizeof(BlockMemory);  // the host's, which is the largest
-
-// Loads the kernel; blocks of it that fit on a processor at once.
-cudaError_t prepare(int capacity, int shared, int& blocks) {
-  const void* const kernel = kernel_for(capacity);
+// Loads the kernels of a table; how many blocks of the one that measures fit on a processor at
+// once, and with how many bytes of shared memory each, of which no block may have more than `most`.
+cudaError_t prepare(Kind kind, int capacity, int most, int& shared, int& blocks) {
   cudaFuncAttributes attributes;  // asked for: that loads a kernel which would be loaded lazily
-  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_for(kind, capacity, false));
+  const void* const kernel = kernel_for(kind, capacity, true);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  constexpr int kWanted = sizeof(BlockMemory);  // the host's, which is the largest: Turing needs half
+  const int left = most - static_cast<int>(attributes.sharedSizeBytes);
+  shared = left < kWanted ? left : kWanted;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared);
 }
 
 }  // namespace
 
-cudaError_t inspect(DeviceLimits& limits) {
+cudaError_t inspect(Kind kind, DeviceLimits& limits) {
   int current = 0, driver = 0, cooperative = 0, most = 0;
   cudaError_t error = cudaGetDevice(&current);
   const auto attribute = [&](int& value, cudaDeviceAttr name) {
@@ -112,15 +119,15 @@ cudaError_t inspect(DeviceLimits& limits) {
   attribute(cooperative, cudaDevAttrCooperativeLaunch);
   attribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
-  limits.shared_bytes = most < kSharedBytes ? most : kSharedBytes;  // Turing needs half
   if (error == cudaSuccess)
-    error = prepare(kSmallTable, limits.shared_bytes, limits.blocks_per_processor);
+    error = prepare(kind, kSmallTable, most, limits.shared_bytes, limits.blocks_per_processor);
   if (error != cudaSuccess) return error;
   limits.cooperative = cooperative != 0;
 
   int blocks = 0;
   limits.large_table =
-      driver >= 12010 && prepare(kLargeTable, limits.shared_bytes, blocks) == cudaSuccess;
+      driver >= 12010 &&
+      prepare(kind, kLargeTable, most, limits.shared_bytes, blocks) == cudaSuccess;
   if (!limits.large_table) {
     cudaGetLastError();  // a refusal of the large table is no error
   } else if (blocks < limits.blocks_per_processor) {
@@ -129,11 +136,14 @@ cudaError_t inspect(DeviceLimits& limits) {
   return cudaSuccess;
 }
 
-cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
-                   int blocks, const DeviceLimits& limits, cudaStream_t stream) {
+cudaError_t launch(Kind kind, const StepArgs& args, const UpdateArgs& update, const uint64_t* table,
+                   int count, Phases phases, int blocks, const DeviceLimits& limits,
+                   cudaStream_t stream) {
   int phase_bits = phases;
-  void* parameters[] = {const_cast<StepArgs*>(&args), const_cast<uint64_t*>(table), &phase_bits};
-  const void* const kernel = kernel_for(count <= kSmallTable ? kSmallTable : kLargeTable);
+  void* parameters[] = {const_cast<StepArgs*>(&args), const_cast<uint64_t*>(table), &phase_bits,
+                        const_cast<UpdateArgs*>(&update)};
+  const int capacity = count <= kSmallTable ? kSmallTable : kLargeTable;
+  const void* const kernel = kernel_for(kind, capacity, phases != kWrite);
   const size_t shared = phases == kWrite ? 0 : limits.shared_bytes;
   if (phases == kBoth)
     return cudaLaunchCooperativeKernel(kernel, blocks, kThreads, parameters, shared, stream);

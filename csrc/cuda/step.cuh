@@ -63,9 +63,10 @@ __device__ inline Sums tile_total(const LaneSums& lane, const Work& work) {
   return sums;
 }
 
-// Measures the tile that was started last and does with it what is known already.
+// Measures the tile that was started last, unless the policy says that this is done, and does with
+// its elements what can be done now.
 template <class Does, int kCapacity>
-__device__ __forceinline__ void measure_tile(const StepArgs& a,
+__device__ __forceinline__ void work_on_tile(const StepArgs& a,
                                              const AddressTable<kCapacity>& table,
                                              Stream<kCapacity>& stream, const Common& common,
                                              const Does& does) {
@@ -77,27 +78,25 @@ __device__ __forceinline__ void measure_tile(const StepArgs& a,
   Work& work = warp_memory().work;
   if (lane_index() == 0)
     work = {&tile, tensor + tile.first * element_bytes(dtype), work.number,
-            does.prepare(a, facts, common, dtype), 0.0, find_means(a, facts, common)};
+            does.prepare(a, facts, common, dtype, tensor), 0.0, find_means(a, facts, common)};
   __syncwarp();
   LaneSums lane;
   int begin = 0;
 #pragma unroll 1
   do {
     begin = !tensor ? tile.count : with_element(dtype, [&](auto element) {
-      using E = decltype(element);
-      return measure_steps<E, Does::kMultiplies>(
-          stream, work, begin, lane, [&](const Step& step, int offset, int first, int count) {
-            does.template on_step<E>(step, offset, first, count);
-          });
+      return does.template work_on_steps<decltype(element)>(stream, work, begin, lane);
     });
     stream.done();
   } while (begin < tile.count);
-  Sums sums = {};
-  if (tensor) {
-    fold_rest(work, lane);
-    sums = tile_total(lane, work);
+  if (does.measures()) {
+    Sums sums = {};
+    if (tensor) {
+      fold_rest(work, lane);
+      sums = tile_total(lane, work);
+    }
+    publish(a, tile, work.number, sums);
   }
-  publish(a, tile, work.number, sums);
   __syncwarp();
 }
 
@@ -107,7 +106,7 @@ __device__ inline int first_tile(const StepArgs& a) {
 }
 
 template <class Does, int kCapacity>
-__device__ __forceinline__ void measure_tiles(const StepArgs& a,
+__device__ __forceinline__ void work_on_tiles(const StepArgs& a,
                                               const AddressTable<kCapacity>& table,
                                               const Does& does) {
   __shared__ Common common;
@@ -118,7 +117,7 @@ __device__ __forceinline__ void measure_tiles(const StepArgs& a,
   if (first >= a.tile_end) return;
   Stream<kCapacity> stream(a, table, first);
 #pragma unroll 1
-  while (stream.start()) measure_tile(a, table, stream, common, does);
+  while (stream.start()) work_on_tile(a, table, stream, common, does);
 }
 
 // One block, after every tile is measured.
@@ -171,25 +170,12 @@ __device__ inline bool is_last_block(const StepArgs& a) {
   return last;
 }
 
-// What every block does.
-template <class Does, int kCapacity>
-__device__ __forceinline__ void run_step(const StepArgs& a, const AddressTable<kCapacity>& table,
-                                         int phases, const Does& does) {
-  const bool first_thread = blockIdx.x == 0 && threadIdx.x == 0;
-  if (phases & kMeasure) {
-    // Every block reads this before its ticket, and only the last to take one writes it.
-    if (a.found_inf && *a.found_inf != 0.0f) {
-      if (first_thread && a.first_launch && !a.measure_only) skip(a);
-      return;
-    }
-    measure_tiles(a, table, does);
-    if (does.first_phase_ends(a) && is_last_block(a)) {
-      if (a.last_launch) conclude(a);
-      does.end(a, table);
-    }
-  }
-  if (phases == kBoth) cooperative_groups::this_grid().sync();
-  if (phases & kWrite) does.second_phase(a, table);
+// Whether found_inf says to skip this step; if so, the step is counted. Every block asks before its
+// ticket, and only the last to take one writes found_inf.
+__device__ inline bool is_skipped(const StepArgs& a) {
+  if (!a.found_inf || *a.found_inf == 0.0f) return false;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && a.first_launch && !a.measure_only) skip(a);
+  return true;
 }
 
 }  // namespace gradamp::cuda

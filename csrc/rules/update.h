@@ -114,12 +114,57 @@ GRADAMP_HD double rounded_product(double x, double y) {
 #endif
 }
 
+// Quotients and roots. A GPU's own division and sqrt() branch in every element and call what costs
+// registers; these are an estimate and Newton's steps, rounded as IEEE has it but for the last bit
+// of a few. Where a step gives NaN the estimate was infinite or zero, as the result is.
+#if defined(__CUDA_ARCH__)
+template <class T>
+__device__ inline T quotient_from(T x, T y, T inverse) {
+  const T near = x * inverse, result = fma(fma(-near, y, x), inverse, near);
+  return result == result ? result : near;
+}
+template <class T>
+__device__ inline T root_from(T x, T inverse, T least) {
+  const T near = x * inverse, root = fma(fma(-near, near, x), T(0.5) * inverse, near);
+  return (x >= T(0) && x < least) || x == T(INFINITY) ? x : root;
+}
+__device__ inline float quotient(float x, float y) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+  return quotient_from(x, y, inverse);
+}
+__device__ inline float square_root(float x) { return root_from(x, rsqrtf(x), 1e-45f); }
+
+// The estimates of 20 bits become as good as fp64 in two steps.
+__device__ inline double quotient(double x, double y) {
+  double inverse;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(inverse) : "d"(y));
+  const double estimate = inverse;
+  for (int i = 0; i < 2; ++i) inverse = fma(fma(-inverse, y, 1.0), inverse, inverse);
+  return quotient_from(x, y, inverse == inverse ? inverse : estimate);
+}
+__device__ inline double square_root(double x) {
+  double inverse;
+  asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(inverse) : "d"(x));
+  for (int i = 0; i < 2; ++i)
+    inverse = fma(fma(-inverse * x, inverse, 1.0), 0.5 * inverse, inverse);
+  return root_from(x, inverse, 0x1p-1022);
+}
+#else
+template <class V>
+GRADAMP_HD V quotient(V x, V y) {
+  return x / y;
+}
+GRADAMP_HD float square_root(float x) { return sqrtf(x); }
+GRADAMP_HD double square_root(double x) { return sqrt(x); }
+#endif
+
 namespace {  // as GRADAMP_HD: not to be merged
 
 template <class V>
 struct Math {
   GRADAMP_HD_MEMBER static V product(V x, V y) { return rounded_product(x, y); }
-  GRADAMP_HD_MEMBER static V root(V x) { return sqrt(x); }
+  GRADAMP_HD_MEMBER static V root(V x) { return square_root(x); }
   GRADAMP_HD_MEMBER static V larger(V x, V y) { return x < y ? y : x; }
 };
 
@@ -157,7 +202,7 @@ GRADAMP_HD void update_adam(const UpdateTerms<T>& t, V& p, V g, V& first, V& sec
   if (kAmsgrad) largest = Math<V>::larger(largest, second);
   const V root = Math<V>::root(kAmsgrad ? largest : second);
   p = multiply_add(-t.faded, p, p);
-  p = p - t.rate * first / (root + t.eps);
+  p = p - quotient(t.rate * first, root + t.eps);
 }
 
 }  // namespace gradamp
