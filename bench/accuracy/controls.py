@@ -17,8 +17,13 @@ from gradamp_fast.model.walk import unwrap
 
 
 def make(model: nn.Module, options: Mapping[str, Any]) -> Amplifier:
-    """An Amplifier; with an option `shuffle`, which is a seed >= 0, a `Shuffled` one."""
+    """An Amplifier; with an option `shuffle`, which is a seed >= 0, a `Shuffled` one.
+
+    `one_factor=True` makes the whole model one layer.
+    """
     given = dict(options)
+    if given.pop("one_factor", False):
+        given["group_by"] = lambda name: "model"
     seed = given.pop("shuffle", None)
     return Amplifier(model, **given) if seed is None else Shuffled(model, seed, **given)
 

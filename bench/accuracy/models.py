@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vgg import cfgs, make_layers
 
-NAMES = ("resnet18", "resnet34", "resnet50", "vgg19_bn", "cnn")
+NAMES = ("resnet10", "resnet18", "resnet34", "resnet50", "vgg19_bn", "cnn")
 
 
 class SmallImageResNet(ResNet):
@@ -91,6 +91,8 @@ def build(arch: str, classes: int, width: float = 1.0) -> nn.Module:
     """
     if not width > 0:
         raise ValueError(f"width={width}: must be positive")
+    if arch == "resnet10":
+        return SmallImageResNet(BasicBlock, [1, 1, 1, 1], classes, width)
     if arch == "resnet18":
         return SmallImageResNet(BasicBlock, [2, 2, 2, 2], classes, width)
     if arch == "resnet34":
