@@ -2,6 +2,8 @@
 
 python -m bench.accuracy growth --data cifar10-16           averaged to 16 by 16, for a CPU
 python -m bench.accuracy growth --data cifar10              32 by 32, for a GPU
+python -m bench.accuracy growth --data cifar10-16 --report  page and figure; runs nothing
+python -m bench.accuracy growth --data cifar10-16 --docs    writes the tables of docs/accuracy.md
 
 Every command goes on where an earlier one ended.
 """
@@ -19,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy import growth_stages
+from bench.accuracy import growth_report, growth_stages
 from bench.accuracy.data import DataMissing
-from bench.accuracy.growth_stages import EXPERIMENTS
+from bench.accuracy.growth_stages import EXPERIMENTS, Growth
 from bench.accuracy.store import Store
 from bench.accuracy.work import Here, Place, work
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy" / "growth"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,6 +43,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--root", default="data", metavar="DIR", help="where CIFAR lies")
     add("--device", default="cuda" if cuda else "cpu", help="default here: %(default)s")
     add("--out", type=Path, default=OUT, metavar="DIR", help="where the CSV and the page go")
+    add("--report", action="store_true", help="run nothing; write and print the page")
+    add("--docs", action="store_true", help="run nothing; fill the tables of docs/accuracy.md")
     add("--budget-s", type=float, default=math.inf, metavar="S", help="begin no run later")
     add("--workers", type=int, default=1, metavar="N", help="processes that share the work")
     add("--commit", metavar="HASH", help="of this code, where git cannot tell")
@@ -51,6 +56,20 @@ def main(argv: Sequence[str]) -> int:
     given = arguments(argv)
     experiment = EXPERIMENTS[given.data]
     store = Store(given.out / f"{given.data}-{given.device.partition(':')[0]}.csv")
+    if given.docs:
+        growth_report.write(DOCUMENT, experiment, store.rows())
+        return 0
+    if not given.report:
+        run(experiment, store, given)
+    name = store.path.stem
+    page = growth_report.page(experiment, store.rows(), given.out / f"{name}.png")
+    (given.out / f"{name}.md").write_text(page)
+    print(page)
+    return 0
+
+
+def run(experiment: Growth, store: Store, given: argparse.Namespace) -> None:
+    """What nobody has run yet, until the budget ends."""
     pool: Executor = Here()
     if given.workers > 1:
         pool = ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"))
@@ -63,4 +82,3 @@ def main(argv: Sequence[str]) -> int:
             )  # fmt: skip
     except (DataMissing, ValueError) as error:
         sys.exit(f"python -m bench.accuracy growth: {error}")
-    return 0
