@@ -2,6 +2,7 @@
 
 python -m bench.accuracy growth --data cifar10-16           averaged to 16 by 16, for a CPU
 python -m bench.accuracy growth --data cifar10              32 by 32, for a GPU
+python -m bench.accuracy growth paper --data cifar10-16     a fixed factor on chosen layers instead
 python -m bench.accuracy growth --data cifar10-16 --report  page and figure; runs nothing
 python -m bench.accuracy growth --data cifar10-16 --docs    writes the tables of docs/accuracy.md
 
@@ -21,13 +22,15 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy import growth_report, growth_stages
+from bench.accuracy import growth_report, growth_stages, paper_stages
 from bench.accuracy.data import DataMissing
 from bench.accuracy.growth_stages import EXPERIMENTS, Growth
+from bench.accuracy.stages import NotReady
 from bench.accuracy.store import Store
 from bench.accuracy.work import Here, Place, work
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy" / "growth"
+PARTS = {"contrasts": growth_stages.everything, "paper": paper_stages.paper}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 
 
@@ -39,6 +42,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     cuda = torch.cuda.is_available()
     add = parser.add_argument
+    add("part", nargs="?", choices=PARTS, default="contrasts", help="default: %(default)s")
     add("--data", choices=EXPERIMENTS, default="cifar10-16", help="default: %(default)s")
     add("--root", default="data", metavar="DIR", help="where CIFAR lies")
     add("--device", default="cuda" if cuda else "cpu", help="default here: %(default)s")
@@ -77,8 +81,8 @@ def run(experiment: Growth, store: Store, given: argparse.Namespace) -> None:
     try:
         with pool:
             work(
-                "growth", partial(growth_stages.everything, experiment), store, place.run, pool,
+                "growth", partial(PARTS[given.part], experiment), store, place.run, pool,
                 given.workers, given.budget_s, partial(print, flush=True),
             )  # fmt: skip
-    except (DataMissing, ValueError) as error:
+    except (DataMissing, NotReady, ValueError) as error:
         sys.exit(f"python -m bench.accuracy growth: {error}")

@@ -127,7 +127,7 @@ def contrasts(growth: Growth, rows: Rows) -> Iterator[str]:
             for ((a, b), interval), p in zip(known.items(), adjusted, strict=True)
         ],
     )  # fmt: skip
-    for a, b in found.keys() - known.keys():
+    for a, b in (pair for pair in found if pair not in known):
         yield f"{a} - {b}: too few runs for an interval."
         yield ""
 
@@ -137,6 +137,8 @@ def draw(growth: Growth, rows: Rows, path: Path) -> bool:
     try:
         found = growth_stages.accuracies(growth, rows)
     except NotReady:
+        return False
+    if all(len(values) < 2 for values in found.values()):
         return False
     figure = Figure(figsize=(5.5, 3.4), layout="constrained")
     FigureCanvasAgg(figure)

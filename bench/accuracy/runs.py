@@ -22,7 +22,7 @@ from gradamp_fast import Options, Report
 MEASURES = ("fluctuation", "direction", "variance")
 # Always part of a configuration; other options are when they are not the default.
 CHOSEN = ("measure", "threshold", "select", "factor", "decay", "min_steps", "refresh", "schedule")
-OURS = ("shuffle", "one_factor")  # options of `controls.make` alone
+OURS = ("shuffle", "one_factor", "dose")  # options of `controls.make` alone
 NOT_CONFIG = ("backend", "error_if_nonfinite", "seed")
 
 
@@ -76,7 +76,9 @@ def stored_options(given: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: value for name, value in given.items() if name not in OURS}
     stored = Options.make(plain).to_dict()
     usual = Options().to_dict()
-    ours = {name: True for name in OURS if name in given}
+    ours = {name: given[name] for name in OURS if name in given}
+    if "shuffle" in ours:
+        ours["shuffle"] = True
     return ours | {
         name: value
         for name, value in stored.items()
