@@ -3,6 +3,7 @@
 python -m bench.accuracy growth --data cifar10-16           averaged to 16 by 16, for a CPU
 python -m bench.accuracy growth --data cifar10              32 by 32, for a GPU
 python -m bench.accuracy growth paper --data cifar10-16     a fixed factor on chosen layers instead
+python -m bench.accuracy growth vanishing                   ten layers of tanh
 python -m bench.accuracy growth --data cifar10-16 --report  page and figure; runs nothing
 python -m bench.accuracy growth --data cifar10-16 --docs    writes the tables of docs/accuracy.md
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy import growth_report, growth_stages, paper_stages
+from bench.accuracy import growth_report, growth_stages, paper_stages, vanishing_stages
 from bench.accuracy.data import DataMissing
 from bench.accuracy.growth_stages import EXPERIMENTS, Growth
 from bench.accuracy.stages import NotReady
@@ -30,7 +31,11 @@ from bench.accuracy.store import Store
 from bench.accuracy.work import Here, Place, work
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy" / "growth"
-PARTS = {"contrasts": growth_stages.everything, "paper": paper_stages.paper}
+PARTS = {
+    "contrasts": growth_stages.everything,
+    "paper": paper_stages.paper,
+    "vanishing": vanishing_stages.vanishing,
+}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.accuracy import growth_stages, statistics
-from bench.accuracy.growth_stages import ARMS, TIMES, Growth, name_of
+from bench.accuracy import growth_stages, paper_stages, statistics, vanishing_stages
+from bench.accuracy.growth_stages import TIMES, Growth, name_of
 from bench.accuracy.report import percent
 from bench.accuracy.runs import Row
-from bench.accuracy.stages import NotReady
+from bench.accuracy.stages import Job, NotReady
+from bench.accuracy.statistics import Interval
 from bench.accuracy.store import Rows
 from bench.docs import table
 
@@ -35,12 +36,34 @@ def page(growth: Growth, rows: Rows, figure: Path) -> str:
 
 def part(growth: Growth, rows: Rows) -> list[str]:
     """Conditions, tuning, arms and contrasts, as far as there are any."""
-    lines = list(tuning(growth, rows))
     try:
-        lines += [*arms(growth, rows), *contrasts(growth, rows)]
+        jobs = growth_stages.contrasts(growth, rows)
+        found = growth_stages.differences(growth, rows)
     except NotReady as reason:
-        lines += [f"Not yet: {reason}.", ""]
+        return [*tuning(growth, rows), f"Not yet: {reason}.", ""]
+    best = growth_stages.best(growth, rows).lr
+    return [*tuning(growth, rows), *arms(jobs, rows, best), *contrasts(found)]
+
+
+def paper(growth: Growth, rows: Rows) -> list[str]:
+    """The published idea, a schedule after the other."""
+    lines = []
+    for schedule in paper_stages.SCHEDULES:
+        jobs = paper_stages.paper(growth, rows, [schedule])
+        lines += [f"Schedule: {schedule}.", ""]
+        lines += arms(jobs, rows, growth_stages.best(growth, rows).lr)
+        if any(job.run.key in rows for job in jobs):
+            lines += contrasts(paper_stages.differences(growth, rows, schedule))
     return lines
+
+
+def vanishing(growth: Growth, rows: Rows) -> list[str]:
+    """Ten layers of tanh."""
+    here = vanishing_stages.network(growth)
+    jobs = vanishing_stages.arms(growth, rows)
+    best = growth_stages.best(here, rows).lr
+    found = vanishing_stages.differences(growth, rows)
+    return [*tuning(here, rows), *arms(jobs, rows, best), *contrasts(found)]
 
 
 def tuning(growth: Growth, rows: Rows) -> Iterator[str]:
@@ -60,49 +83,43 @@ def tuning(growth: Growth, rows: Rows) -> Iterator[str]:
     )
 
 
-def arms(growth: Growth, rows: Rows) -> Iterator[str]:
-    jobs = growth_stages.contrasts(growth, rows)
+def arms(jobs: Sequence[Job], rows: Rows, best: float) -> Iterator[str]:
+    """What was run, and a line an arm."""
     there = [rows[job.run.key] for job in jobs if job.run.key in rows]
-    seconds = sorted(row.seconds for row in there)
+    if not there:
+        yield f"0 of {len(jobs)} runs on fresh seeds."
+        yield ""
+        return
     yield (
-        f"{len(there)} of {len(jobs)} runs on fresh seeds, {provenance(there)}; the best rate is "
-        f"{growth_stages.best(growth, rows).lr:g}. A run took {seconds[len(seconds) // 2]:.0f} s."
-        if there
-        else f"0 of {len(jobs)} runs on fresh seeds."
+        f"{len(there)} of {len(jobs)} runs on fresh seeds, {provenance(there)}; the best plain "
+        f"rate is {best:g}. The median run took {median(row.seconds for row in there):.0f} s."
     )
     yield ""
     lines = []
-    for arm, times, _ in ARMS:
-        name = name_of(arm, times)
-        mine = [rows[j.run.key] for j in jobs if j.arm == name and j.run.key in rows]
+    for arm in dict.fromkeys(job.arm for job in jobs):
+        mine = [rows[j.run.key] for j in jobs if j.arm == arm and j.run.key in rows]
         test = [row.test for row in mine if row.test is not None]
         if mine:
             lines.append(
                 (
-                    name, percent(statistics.mean(test), test), str(len(mine)),
-                    str(sum(row.diverged for row in mine)), *grown(mine),
+                    arm, percent(statistics.mean(test), test), str(len(mine)),
+                    str(sum(row.diverged for row in mine)), amplified(mine),
                 )
             )  # fmt: skip
-    yield from table(
-        ("arm", "test accuracy", "runs", "diverged", "mean factor", "settled", "direction"), lines
-    )
+    yield from table(("arm", "test accuracy", "runs", "diverged", "amplified"), lines)
 
 
-def grown(rows: Sequence[Row]) -> tuple[str, str, str]:
-    """Factor, share settled and direction after the last epoch; nothing of plain runs."""
+def amplified(rows: Sequence[Row]) -> str:
+    """The factors that growing runs end with and the layers that settled; else the dose."""
     stored = [json.loads(row.layer_scores) for row in rows if row.layer_scores]
     if not stored:
-        return ("", "", "")
-    ends = {name: [of[name][-1] for of in stored] for name in ("factor", "settled", "direction")}
-    known = {name: [value for value in of if value is not None] for name, of in ends.items()}
-    if not all(known.values()):
-        return ("-", "-", "-")
-    low, high = min(known["factor"]), max(known["factor"])
-    return (
-        f"{low:.1f} to {high:.1f}",
-        f"{fmean(known['settled']):.0%}",
-        f"{fmean(known['direction']):+.2f}",
-    )
+        share = fmean(row.amplified for row in rows)
+        return f"{share:.0%} of the elements" if share else ""
+    factors = [of["factor"][-1] for of in stored if of["factor"][-1] is not None]
+    settled = fmean(of["settled"][-1] for of in stored)
+    if not factors:
+        return ""
+    return f"by {min(factors):.1f} to {max(factors):.1f}, {settled:.0%} settled"
 
 
 def provenance(rows: Sequence[Row]) -> str:
@@ -112,9 +129,8 @@ def provenance(rows: Sequence[Row]) -> str:
     return f"{every('device')}, torch {every('torch')}, {every('commit')}"
 
 
-def contrasts(growth: Growth, rows: Rows) -> Iterator[str]:
+def contrasts(found: Mapping[tuple[str, str], Interval | None]) -> Iterator[str]:
     """Differences in points with Welch's intervals, and Holm's p over all of them."""
-    found = growth_stages.differences(growth, rows)
     known = {pair: interval for pair, interval in found.items() if interval is not None}
     adjusted = statistics.holm([interval.p or 0.0 for interval in known.values()])
     yield from table(
@@ -135,7 +151,7 @@ def contrasts(growth: Growth, rows: Rows) -> Iterator[str]:
 def draw(growth: Growth, rows: Rows, path: Path) -> bool:
     """Test accuracy over the learning rate, with intervals; False if there is nothing to draw."""
     try:
-        found = growth_stages.accuracies(growth, rows)
+        found = growth_stages.accuracies(growth_stages.contrasts(growth, rows), rows)
     except NotReady:
         return False
     if all(len(values) < 2 for values in found.values()):

@@ -7,7 +7,7 @@ chose nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.accuracy import stages, statistics
@@ -87,16 +87,17 @@ def everything(growth: Growth, rows: Rows) -> list[Job]:
 
 
 def name_of(arm: str, times: float) -> str:
-    return f"{arm}, {TIMES[times]}"
+    return f"{arm}, {TIMES.get(times, f'{times:g} x best')}"
 
 
 Accuracies = Mapping[str, list[float]]
+Arm = tuple[str, float]  # its name, and its rate in units of the best
 
 
-def accuracies(growth: Growth, rows: Rows) -> Accuracies:
+def accuracies(jobs: Iterable[Job], rows: Rows) -> Accuracies:
     """Test accuracy by arm. A run that diverged counts as it came out."""
     found: dict[str, list[float]] = {}
-    for job in contrasts(growth, rows):
+    for job in jobs:
         row = rows.get(job.run.key)
         if row is not None and row.test is not None:
             found.setdefault(job.arm, []).append(row.test)
@@ -105,6 +106,12 @@ def accuracies(growth: Growth, rows: Rows) -> Accuracies:
 
 def differences(growth: Growth, rows: Rows) -> dict[tuple[str, str], Interval | None]:
     """Of all contrasts, in the order in which they were fixed."""
-    found = accuracies(growth, rows)
-    pairs = [(name_of(*a), name_of(*b)) for a, b in CONTRASTS]
-    return {(a, b): statistics.welch(found.get(a, ()), found.get(b, ())) for a, b in pairs}
+    return contrasted(CONTRASTS, accuracies(contrasts(growth, rows), rows))
+
+
+def contrasted(
+    pairs: Iterable[tuple[Arm, Arm]], found: Accuracies
+) -> dict[tuple[str, str], Interval | None]:
+    """The mean of the first of each pair minus that of the second."""
+    names = [(name_of(*a), name_of(*b)) for a, b in pairs]
+    return {(a, b): statistics.welch(found.get(a, ()), found.get(b, ())) for a, b in names}

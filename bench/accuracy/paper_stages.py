@@ -7,12 +7,12 @@ decision. Rates are multiples of the best plain one, which `growth_stages.tune` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bench.accuracy import growth_stages, statistics
-from bench.accuracy.growth_stages import Growth
+from bench.accuracy import growth_stages
+from bench.accuracy.growth_stages import Growth, name_of
 from bench.accuracy.presets import RECIPES
 from bench.accuracy.stages import Job, Options
 from bench.accuracy.statistics import Interval
@@ -55,39 +55,25 @@ CONTRASTS = (
 )
 
 
-def name_of(arm: str, times: float, schedule: str) -> str:
-    return f"{arm}, {'best' if times == 1 else f'{times:g} x best'}, {schedule}"
-
-
-def paper(growth: Growth, rows: Rows) -> list[Job]:
+def paper(growth: Growth, rows: Rows, schedules: Iterable[str] = SCHEDULES) -> list[Job]:
     """Every arm, a schedule after the other and in each seed by seed; test images."""
     plain, family = growth_stages.best(growth, rows), growth.family
     jobs = []
-    for schedule, changes in SCHEDULES.items():
-        here = replace(family, recipe=replace(family.recipe, **changes))
+    for schedule in schedules:
+        here = replace(family, recipe=replace(family.recipe, **SCHEDULES[schedule]))
         for seed in growth.seeds:
             for times in TIMES:
                 jobs += [
-                    Job(
-                        name_of(arm, times, schedule),
-                        here.run(seed, plain.at(times), amplify, test=True),
-                    )
+                    Job(name_of(arm, times), here.run(seed, plain.at(times), amplify, test=True))
                     for arm, amplify in arms(seed).items()
                 ]
     return jobs
 
 
 def differences(
-    growth: Growth, rows: Rows, times: float, schedule: str
+    growth: Growth, rows: Rows, schedule: str
 ) -> dict[tuple[str, str], Interval | None]:
-    """Of all contrasts at one rate, in the order in which they were fixed."""
-    found: dict[str, list[float]] = {}
-    for job in paper(growth, rows):
-        row = rows.get(job.run.key)
-        if row is not None and row.test is not None:
-            found.setdefault(job.arm, []).append(row.test)
-
-    def of(arm: str) -> list[float]:
-        return found.get(name_of(arm, times, schedule), [])
-
-    return {(a, b): statistics.welch(of(a), of(b)) for a, b in CONTRASTS}
+    """Of all contrasts under a schedule, in the order in which they were fixed."""
+    found = growth_stages.accuracies(paper(growth, rows, [schedule]), rows)
+    pairs = [((a, times), (b, times)) for times in TIMES for a, b in CONTRASTS]
+    return growth_stages.contrasted(pairs, found)

@@ -188,7 +188,7 @@ def test_the_command_runs_what_is_left(
     stored = json.loads(grown[0].layer_scores)
     assert all(len(values) == TINY.family.recipe.epochs for values in stored.values())
     assert not (tmp_path / "cifar10-16-cpu.png").exists()  # of one seed there is no interval
-    assert f"the best rate is {best.lr:g}" in (tmp_path / "cifar10-16-cpu.md").read_text()
+    assert f"the best plain rate is {best.lr:g}" in (tmp_path / "cifar10-16-cpu.md").read_text()
     capsys.readouterr()
     assert command.main(given) == 0
     assert "0 of" in capsys.readouterr().out.partition("\n")[0]
