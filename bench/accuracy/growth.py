@@ -4,6 +4,7 @@ python -m bench.accuracy growth --data cifar10-16           averaged to 16 by 16
 python -m bench.accuracy growth --data cifar10              32 by 32, for a GPU
 python -m bench.accuracy growth paper --data cifar10-16     a fixed factor on chosen layers instead
 python -m bench.accuracy growth vanishing                   ten layers of tanh
+python -m bench.accuracy growth peers                       optimizers that find a rate themselves
 python -m bench.accuracy growth --data cifar10-16 --report  page and figure; runs nothing
 python -m bench.accuracy growth --data cifar10-16 --docs    writes the tables of docs/accuracy.md
 
@@ -23,9 +24,10 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy import growth_report, growth_stages, paper_stages, vanishing_stages
+from bench.accuracy import growth_report, growth_stages, paper_stages, peer_stages, vanishing_stages
 from bench.accuracy.data import DataMissing
 from bench.accuracy.growth_stages import EXPERIMENTS, Growth
+from bench.accuracy.optimizers import OptimizerMissing
 from bench.accuracy.stages import NotReady
 from bench.accuracy.store import Store
 from bench.accuracy.work import Here, Place, work
@@ -34,6 +36,7 @@ OUT = Path(__file__).parent.parent / "results" / "accuracy" / "growth"
 PARTS = {
     "contrasts": growth_stages.everything,
     "paper": paper_stages.paper,
+    "peers": peer_stages.peers,
     "vanishing": vanishing_stages.vanishing,
 }
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
@@ -89,5 +92,5 @@ def run(experiment: Growth, store: Store, given: argparse.Namespace) -> None:
                 "growth", partial(PARTS[given.part], experiment), store, place.run, pool,
                 given.workers, given.budget_s, partial(print, flush=True),
             )  # fmt: skip
-    except (DataMissing, NotReady, ValueError) as error:
+    except (DataMissing, NotReady, OptimizerMissing, ValueError) as error:
         sys.exit(f"python -m bench.accuracy growth: {error}")

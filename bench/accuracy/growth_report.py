@@ -11,7 +11,7 @@ from statistics import fmean, median
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.accuracy import growth_stages, paper_stages, statistics, vanishing_stages
+from bench.accuracy import growth_stages, paper_stages, peer_stages, statistics, vanishing_stages
 from bench.accuracy.growth_stages import TIMES, Growth, name_of
 from bench.accuracy.report import percent
 from bench.accuracy.runs import Row
@@ -55,6 +55,13 @@ def paper(growth: Growth, rows: Rows) -> list[str]:
         if any(job.run.key in rows for job in jobs):
             lines += contrasts(paper_stages.differences(growth, rows, schedule))
     return lines
+
+
+def peers(growth: Growth, rows: Rows) -> list[str]:
+    """Optimizers that find a learning rate by themselves."""
+    best = growth_stages.best(growth, rows).lr
+    found = peer_stages.differences(growth, rows)
+    return [*arms(peer_stages.peers(growth, rows), rows, best), *contrasts(found)]
 
 
 def vanishing(growth: Growth, rows: Rows) -> list[str]:

@@ -86,12 +86,14 @@ def everything(growth: Growth, rows: Rows) -> list[Job]:
     return [*jobs, *contrasts(growth, rows)] if stages.complete(jobs, rows) else jobs
 
 
-def name_of(arm: str, times: float) -> str:
+def name_of(arm: str, times: float | None) -> str:
+    if times is None:
+        return arm
     return f"{arm}, {TIMES.get(times, f'{times:g} x best')}"
 
 
 Accuracies = Mapping[str, list[float]]
-Arm = tuple[str, float]  # its name, and its rate in units of the best
+Arm = tuple[str, float | None]  # its name, and its rate in units of the best, if it has one
 
 
 def accuracies(jobs: Iterable[Job], rows: Rows) -> Accuracies:

@@ -51,6 +51,8 @@ class Run:
         """All of it but the seed, as JSON."""
         recipe = asdict(self.recipe)
         del recipe["seed"]
+        if self.recipe.optimizer == "sgd":  # as it was before there were others
+            del recipe["optimizer"]
         config = {
             "data": self.data,
             "train": self.train,

@@ -17,15 +17,25 @@ pytest.importorskip("matplotlib")
 import test_train  # noqa: F401  # skips where torchvision cannot be imported
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import growth, growth_report, growth_stages, paper_stages, thermometer
+from bench.accuracy import (
+    growth,
+    growth_report,
+    growth_stages,
+    optimizers,
+    paper_stages,
+    peer_stages,
+    thermometer,
+    vanishing_stages,
+)
 from bench.accuracy import thermometer_report as report
 from bench.accuracy.data import load
 from bench.accuracy.growth_stages import ARMS, CONTRASTS, Growth, name_of
 from bench.accuracy.lines import append_line, read_records
+from bench.accuracy.optimizers import OptimizerMissing
 from bench.accuracy.runs import Row, Run, stored_options
 from bench.accuracy.stages import Family, Job, NotReady
 from bench.accuracy.store import Rows, Store
-from bench.accuracy.train import Recipe
+from bench.accuracy.train import Recipe, train
 
 TINY = Growth(
     Family("fake", Recipe(arch="cnn", width=0.25, epochs=2, batch=32, lr=0.1, warmup=0.0), 128, 64),
@@ -112,6 +122,45 @@ def test_a_change_that_only_the_controls_know_is_another_run() -> None:
     assert stored_options({"grow": True}) != stored_options({"grow": True, "one_factor": True})
     assert stored_options({"dose": 0.5})["dose"] == 0.5
     assert stored_options({"shuffle": 1}) == stored_options({"shuffle": 2})
+
+
+def test_a_peer_is_another_run_and_the_plain_optimizer_the_run_that_is_stored() -> None:
+    plain = TINY.family.run(0)
+    assert "optimizer" not in json.loads(plain.config)["recipe"]
+    jobs = peer_stages.peers(TINY, {})
+    assert len({job.run.key for job in jobs} | {plain.key}) == len(jobs) + 1
+    assert {job.run.recipe.lr for job in jobs} == {1.0}
+    arms = {job.arm for job in jobs} | {name_of(arm, times) for arm, times, _ in ARMS}
+    assert {name_of(*side) for pair in peer_stages.CONTRASTS for side in pair} <= arms
+
+
+def test_a_peer_trains_and_a_missing_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rate is scheduled as the plain one's: SGD as a peer is plain SGD."""
+    recipe = replace(peer_stages.peers(TINY, {})[0].run.recipe, lr=0.05)
+    data = load("fake").hold_out(64, 128)
+
+    def made(package: Any, params: Any) -> torch.optim.Optimizer:
+        return package.optim.SGD(params, lr=1.0)
+
+    monkeypatch.setitem(optimizers.PEERS, recipe.optimizer, ("torch", "torch", made))
+    plain = replace(recipe, optimizer="sgd", momentum=0.0, weight_decay=0.0)
+    assert train(data, recipe).epochs == train(data, plain).epochs
+    monkeypatch.setitem(optimizers.PEERS, recipe.optimizer, ("a-package", "no_such_module", made))
+    with pytest.raises(OptimizerMissing, match="pip install a-package"):
+        train(data, recipe)
+
+
+def test_ten_layers_of_tanh_are_tuned_anew() -> None:
+    here = vanishing_stages.network(TINY)
+    assert {job.run.recipe.arch for job in vanishing_stages.vanishing(TINY, tuned())} == {"tanh"}
+    rows = {
+        job.run.key: row_of(job.run, validation=0.6 if job.run.recipe.lr == 0.1 else 0.5)
+        for job in growth_stages.tune(here, {})
+    }
+    jobs = vanishing_stages.vanishing(TINY, rows)
+    assert len(jobs) == 3 + 3 * len(vanishing_stages.ARMS)
+    arms = {job.arm for job in jobs}
+    assert {name_of(*side) for pair in vanishing_stages.CONTRASTS for side in pair} <= arms
 
 
 def test_the_paper_s_arms_share_rates_and_seeds() -> None:
