@@ -24,9 +24,17 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy import growth_report, growth_stages, paper_stages, peer_stages, vanishing_stages
+from bench.accuracy import (
+    growth_report,
+    growth_stages,
+    paper_stages,
+    peer_stages,
+    thermometer,
+    vanishing_stages,
+)
 from bench.accuracy.data import DataMissing
 from bench.accuracy.growth_stages import EXPERIMENTS, Growth
+from bench.accuracy.lines import read_records
 from bench.accuracy.optimizers import OptimizerMissing
 from bench.accuracy.stages import NotReady
 from bench.accuracy.store import Store
@@ -68,13 +76,14 @@ def main(argv: Sequence[str]) -> int:
     given = arguments(argv)
     experiment = EXPERIMENTS[given.data]
     store = Store(given.out / f"{given.data}-{given.device.partition(':')[0]}.csv")
+    measured = read_records(thermometer.OUT / f"{thermometer.DATA}.csv", thermometer.Row)
     if given.docs:
-        growth_report.write(DOCUMENT, experiment, store.rows())
+        growth_report.write(DOCUMENT, experiment, store.rows(), measured)
         return 0
     if not given.report:
         run(experiment, store, given)
     name = store.path.stem
-    page = growth_report.page(experiment, store.rows(), given.out / f"{name}.png")
+    page = growth_report.page(experiment, store.rows(), given.out / f"{name}.png", measured)
     (given.out / f"{name}.md").write_text(page)
     print(page)
     return 0

@@ -7,11 +7,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
+from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.accuracy import growth_stages, paper_stages, peer_stages, statistics, vanishing_stages
+from bench.accuracy import (
+    growth_stages,
+    paper_stages,
+    peer_stages,
+    stages,
+    statistics,
+    thermometer_report,
+    vanishing_stages,
+)
+from bench.accuracy.growth_findings import corrected, findings
 from bench.accuracy.growth_stages import TIMES, Growth, name_of
 from bench.accuracy.report import percent
 from bench.accuracy.runs import Row
@@ -20,27 +30,52 @@ from bench.accuracy.statistics import Interval
 from bench.accuracy.store import Rows
 from bench.docs import table
 
+if TYPE_CHECKING:
+    from bench.accuracy.thermometer import Row as Measured
+
 COLOURS = {"plain": "#0072b2", "growing": "#d55e00", "one factor": "#009e73"}
-NOTHING = "Not measured yet: `python -m bench.accuracy growth`."
-_PART = re.compile(r"(<!-- growth -->\n).*?(<!-- end -->)", re.DOTALL)
+NOTHING = "Not measured yet."
+TITLES = {
+    "findings": "Findings",
+    "contrasts": "Plain and growing",
+    "thermometer": "The thermometer",
+    "peers": "Beside optimizers that find a rate by themselves",
+    "paper": "A fixed factor of 2 on chosen layers",
+    "vanishing": "Ten layers of tanh",
+}
+_PART = re.compile(r"(<!-- growth: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def page(growth: Growth, rows: Rows, figure: Path) -> str:
+def page(growth: Growth, rows: Rows, figure: Path, measured: Sequence[Measured] = ()) -> str:
     """A page of its own, with its figure written to a file."""
     lines = ["# Growing amplification on CIFAR-10", ""]
-    lines += ["Written by `python -m bench.accuracy growth --report`.", "", *part(growth, rows)]
+    lines += ["Written by `python -m bench.accuracy growth --report`.", ""]
     if draw(growth, rows, figure):
         lines += [f"![Test accuracy by learning rate]({figure.name})", ""]
+    for name, title in TITLES.items():
+        lines += [f"## {title}", "", *made(name, growth, rows, measured)]
     return "\n".join(lines)
+
+
+def made(name: str, growth: Growth, rows: Rows, measured: Sequence[Measured]) -> list[str]:
+    """A part by its name, or why there is none."""
+    if name == "findings":
+        return findings(growth, rows, measured)
+    if name == "thermometer":
+        return thermometer_report.part(measured) if measured else [NOTHING, ""]
+    parts = {"contrasts": part, "paper": paper, "vanishing": vanishing, "peers": peers}
+    try:
+        return parts[name](growth, rows)
+    except NotReady as reason:
+        return [f"Not yet: {reason}.", ""]
 
 
 def part(growth: Growth, rows: Rows) -> list[str]:
     """Conditions, tuning, arms and contrasts, as far as there are any."""
-    try:
-        jobs = growth_stages.contrasts(growth, rows)
-        found = growth_stages.differences(growth, rows)
-    except NotReady as reason:
-        return [*tuning(growth, rows), f"Not yet: {reason}.", ""]
+    if not stages.complete(growth_stages.tune(growth, rows), rows):
+        return [*tuning(growth, rows), "The contrasts come when this is done.", ""]
+    jobs = growth_stages.contrasts(growth, rows)
+    found = growth_stages.differences(growth, rows)
     best = growth_stages.best(growth, rows).lr
     return [*tuning(growth, rows), *arms(jobs, rows, best), *contrasts(found)]
 
@@ -138,19 +173,19 @@ def provenance(rows: Sequence[Row]) -> str:
 
 def contrasts(found: Mapping[tuple[str, str], Interval | None]) -> Iterator[str]:
     """Differences in points with Welch's intervals, and Holm's p over all of them."""
-    known = {pair: interval for pair, interval in found.items() if interval is not None}
-    adjusted = statistics.holm([interval.p or 0.0 for interval in known.values()])
+    adjusted = corrected(found)
     yield from table(
         ("contrast", "points [95 %]", "n", "p", "p, Holm"),
         [
             (
                 f"{a} - {b}", percent(interval, (), signed=True), str(interval.n),
-                f"{interval.p:.2g}", f"{p:.2g}",
+                f"{interval.p:.2g}", f"{adjusted[a, b]:.2g}",
             )
-            for ((a, b), interval), p in zip(known.items(), adjusted, strict=True)
+            for (a, b), interval in found.items()
+            if interval is not None
         ],
     )  # fmt: skip
-    for a, b in (pair for pair in found if pair not in known):
+    for a, b in (pair for pair in found if pair not in adjusted):
         yield f"{a} - {b}: too few runs for an interval."
         yield ""
 
@@ -192,9 +227,11 @@ def draw(growth: Growth, rows: Rows, path: Path) -> bool:
     return True
 
 
-def write(document: Path, growth: Growth, rows: Rows) -> None:
-    """Fills the measured part of a document."""
-    text = "\n".join(part(growth, rows)).strip() if rows else NOTHING
-    document.write_text(
-        _PART.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", document.read_text())
-    )
+def write(document: Path, growth: Growth, rows: Rows, measured: Sequence[Measured]) -> None:
+    """Fills the measured parts of a document."""
+
+    def replaced(found: re.Match[str]) -> str:
+        text = "\n".join(made(found[2], growth, rows, measured)).strip()
+        return f"{found[1]}\n{text}\n\n{found[3]}"
+
+    document.write_text(_PART.sub(replaced, document.read_text()))

@@ -115,15 +115,16 @@ def page(rows: Sequence[Row], figure: Path) -> str:
             "",
             "Written by `python -m bench.accuracy thermometer --report`.",
             "",
-            *part(rows, made),
+            *part(rows),
             f"![The direction against the learning rate]({figure.name})",
             "",
         ]
     )
 
 
-def part(rows: Sequence[Row], made: Sequence[Curve]) -> list[str]:
+def part(rows: Sequence[Row]) -> list[str]:
     """What was found: a sentence, and a line a setting."""
+    made = curves(rows)
     return [conditions(rows), "", verdict(made), "", *table(HEADINGS, [line(c) for c in made])]
 
 

@@ -19,6 +19,7 @@ import test_train  # noqa: F401  # skips where torchvision cannot be imported
 from bench.accuracy import __main__ as command
 from bench.accuracy import (
     growth,
+    growth_findings,
     growth_report,
     growth_stages,
     optimizers,
@@ -208,19 +209,50 @@ def test_a_run_that_diverged_counts_as_it_came_out() -> None:
 def test_the_page_of_nothing() -> None:
     page = growth_report.page(TINY, {}, Path("/nowhere/at/all.png"))
     assert "Not yet: the plain learning rate is not tuned yet." in page
+    assert "Not measured yet." in page
+
+
+def test_the_findings_say_what_the_intervals_allow() -> None:
+    rows = tuned()
+    jobs = growth_stages.contrasts(TINY, rows)
+    rows |= told(jobs, {"growing, best/64": 0.8, "plain, 8 x best": 0.704, "one factor, best": 0.6})
+    text = "\n".join(growth_findings.findings(TINY, rows, measured(CURVE)))
+    assert "plain 70.10 [69.85, 70.35] %: +10.00 [+9.77, +10.23] points, better." in text
+    assert "**The tuned rate:** +0.00 [-0.23, +0.23] points, not worse by 0.3 points." in text
+    assert "In 3 of 3 seeds nothing grew, and the runs are the same." in text
+    assert "**A rate 8 times too high:** growing 70.10 [69.85, 70.35] %, plain 70.50" in text
+    assert "-0.40 [-0.63, -0.17] points, worse." in text
+    assert "At the tuned rate +10.00" in text
+    assert "crosses zero in 1 of 1 settings" in text
+    assert "chosen layers:** not measured yet." in text
+    wide = {j.run.key: row_of(j.run, test=j.run.recipe.seed % 100 / 10) for j in jobs}
+    text = "\n".join(growth_findings.findings(TINY, tuned() | wide, []))
+    assert "points, no difference shown." in text
+    assert "crosses zero nowhere" in text
+
+
+def test_the_findings_count_the_arms_of_the_published_idea() -> None:
+    rows = tuned()
+    jobs = paper_stages.paper(TINY, rows, ["steps"])
+    rows |= told(jobs, {"all, best": 0.75, "direction above, 4 x best": 0.65})
+    arms = 2 * (len(paper_stages.arms(0)) - 1)
+    said = growth_findings.fixed(TINY, rows)
+    assert f"1 of {arms} arms are better than plain at the same rate and 1 are worse" in said
+    assert "(-5.00 to +5.00 points, 3 seeds)." in said
+    assert "warm-up" not in said
 
 
 def test_the_document_is_filled_once(tmp_path: Path) -> None:
     document = tmp_path / "accuracy.md"
-    document.write_text("by hand\n<!-- growth -->\nold\n<!-- end -->\nby hand too\n")
+    document.write_text("by hand\n<!-- growth: contrasts -->\nold\n<!-- end -->\nby hand too\n")
     rows = tuned()
     rows |= told(growth_stages.contrasts(TINY, rows), {})
-    growth_report.write(document, TINY, rows)
+    growth_report.write(document, TINY, rows, [])
     once = document.read_text()
-    assert once.startswith("by hand\n<!-- growth -->\n\nPlain, tuned")
+    assert once.startswith("by hand\n<!-- growth: contrasts -->\n\nPlain, tuned")
     assert once.endswith("<!-- end -->\nby hand too\n")
     assert "old" not in once
-    growth_report.write(document, TINY, rows)
+    growth_report.write(document, TINY, rows, [])
     assert document.read_text() == once
 
 
