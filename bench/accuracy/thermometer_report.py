@@ -140,6 +140,8 @@ def conditions(rows: Sequence[Row]) -> str:
 
 def verdict(made: Sequence[Curve]) -> str:
     """How many settings hold the claim, and the spread of the ratio."""
+    if not made:
+        return "not measured yet."
     ratios = [curve.ratio for curve in made if curve.ratio is not None]
     if not ratios:
         return "The direction crosses zero nowhere."
