@@ -38,6 +38,7 @@ py::tuple names(const std::vector<std::string>& list) { return py::tuple(py::cas
 
 PYBIND11_MODULE(_C, m) {
   using gradamp::Stepper;
+  using gradamp::Updater;
   m.doc() = "Compiled backends of gradamp_fast: the step on the CPU and, where built, on CUDA.";
   py::dict enums;
   for (const auto& [option, values] : kEnums) enums[py::str(option)] = names(values);
@@ -49,6 +50,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
         "Why the CUDA kernels cannot run on that GPU (-1: the current one), with the fix; None if "
         "they can.");
+  py::class_<Updater>(m, "Updater")
+      .def(py::init<std::vector<int32_t>>(), py::arg("groups"))
+      .def("begin", &Updater::begin, py::arg("state"), py::arg("counts"), py::arg("hypers"));
   py::class_<Stepper>(m, "Stepper")
       .def(py::init<std::vector<py::object>, std::vector<py::object>,
                     const std::vector<std::tuple<int32_t, int64_t, int32_t, int64_t, uint32_t>>&,
@@ -61,12 +65,12 @@ PYBIND11_MODULE(_C, m) {
            [](Stepper& stepper, const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale,
               const std::optional<py::bytes>& only, bool walked, bool begins_round, bool decides,
-              bool members_known) {
+              Updater* update, bool members_known) {
              return static_cast<int>(stepper.step(grad_scale, found_inf, unscale, only, walked,
-                                                  {begins_round, decides}, members_known));
+                                                  {begins_round, decides}, update, members_known));
            },
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("unscale"), py::arg("only"),
-           py::arg("walked"), py::arg("begins_round"), py::arg("decides"),
+           py::arg("walked"), py::arg("begins_round"), py::arg("decides"), py::arg("update"),
            py::arg("members_known") = false)
       .def("stress",
            [](Stepper& stepper, int32_t blocks, uint32_t seed, bool cooperative, bool poison) {
@@ -79,10 +83,11 @@ PYBIND11_MODULE(_C, m) {
            [](Stepper& stepper, std::vector<std::optional<at::Tensor>> gradients,
               const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale, bool begins_round,
-              bool decides, const std::optional<at::Tensor>& sums) {
+              bool decides, const std::optional<at::Tensor>& sums, Updater* update,
+              const std::vector<std::optional<Updater::Given>>& updated) {
              return static_cast<int>(
                  stepper.step_gradients(std::move(gradients), grad_scale, found_inf, unscale,
-                                        {begins_round, decides}, sums));
+                                        {begins_round, decides}, sums, update, updated));
            })
       .def("settle", &Stepper::settle,
            "What is done next on the current stream sees the state as the last step left it.")

@@ -5,6 +5,7 @@
 
 #include "rules/common.h"
 #include "rules/state.h"
+#include "rules/update.h"
 
 namespace gradamp {
 
@@ -17,6 +18,20 @@ struct StateView {
   int32_t* parity;  // [measured tensors]: the row that holds the tensor's running means
 };
 
+// What an optimizer updates of a tensor, in the gradient's dtype and in its memory order.
+struct UpdateTensor {
+  void* parameter;
+  void* states[kUpdateStates];  // as many as update_states() says
+  float* steps;                 // updates before this one: of each tensor its own
+  int32_t group;
+};
+
+struct UpdateInputs {
+  const UpdateTensor* tensors;  // one per tensor; read only where there is a gradient
+  const Hyper* groups;
+  int32_t num_groups;
+};
+
 struct StepInputs {
   void* const* gradients;   // one per tensor; null: no gradient this step
   const DType* dtypes;
@@ -24,12 +39,16 @@ struct StepInputs {
   float* found_inf;         // null: not asked for
   bool unscale;
   Turn turn;
-  uint8_t* written;         // out, one per tensor: the gradient may have been written
+  uint8_t* written;         // out, one per tensor: the gradient, or the parameter, may have been
   // Not null: the step ends with these sums, one for each layer and one for the excluded
   // tensors, which may be left as it is. Gradients are multiplied if that needs no sums, and
   // each tensor's new running means are where the next parity will find them; nothing is
   // committed. If *found_inf is not 0 nothing at all is written.
   Sums* sums;
+  // Not null: gradients stay as they are; wherever they would be multiplied, and where the
+  // multiplier is 1, the parameters of all tensors with a gradient are updated instead, and one is
+  // added to their `steps`. A step of an engine without layers does nothing else.
+  const UpdateInputs* update;
 };
 
 // For tests: what a step must not depend on. Only engines with something to vary listen.

@@ -120,6 +120,7 @@ Stepper::Stepper(std::vector<py::object> parameters, std::vector<py::object> wat
       lacking_(lacking.request(true)),
       strides_(tensors.size()),
       sums_numel_((num_layers + 1) * kSumsColumns),
+      alone_(num_layers == 0),
       values_(std::move(values)),
       sketch_(std::move(sketch)),
       parity_(std::move(parity)),
@@ -193,23 +194,28 @@ bool Stepper::take(size_t index, const at::Tensor& gradient) {
   return true;
 }
 
-Outcome Stepper::collect(const char* only, bool walked) {
+Outcome Stepper::collect(const char* only, bool walked, Updater* update) {
   for (const py::object& parameter : watched_)
     if (THPVariable_Unpack(parameter.ptr()).requires_grad()) return Outcome::kRebind;
-  bool any = false;
+  bool any = false, stateless = false;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     if (only && !only[i]) continue;
     const at::Tensor& parameter = THPVariable_Unpack(parameters_[i].ptr());
     const at::Tensor& gradient = parameter.grad();
-    if (parameter.requires_grad() && gradient.defined()) {
+    if ((parameter.requires_grad() || alone_) && gradient.defined()) {
       if (!take(i, gradient)) return Outcome::kUnusual;
       any = true;
+      if (!update) continue;
+      const Updater::Found found = update->find(i, parameters_[i], gradient);
+      if (found == Updater::Found::kUnusual) return Outcome::kUnusual;
+      stateless = stateless || found == Updater::Found::kStateless;
     } else if (had_gradient_[i] && !walked) {
       return Outcome::kMissing;
     }
   }
   if (!any) return Outcome::kEmpty;
-  return overlap() ? Outcome::kUnusual : Outcome::kDone;
+  if (stateless) return Outcome::kStateless;
+  return !update && overlap() ? Outcome::kUnusual : Outcome::kDone;
 }
 
 bool Stepper::overlap() {
@@ -275,13 +281,13 @@ void Stepper::release() {
 
 Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf, bool unscale,
-                   const std::optional<py::bytes>& only, bool walked, Turn turn,
+                   const std::optional<py::bytes>& only, bool walked, Turn turn, Updater* update,
                    bool members_known) {
   const Exclusive exclusive(*this);
   const char* mask = only ? PyBytes_AS_STRING(only->ptr()) : nullptr;
   TORCH_CHECK(!only || PyBytes_GET_SIZE(only->ptr()) == static_cast<int64_t>(parameters_.size()),
               "`only` needs one byte for each parameter");
-  const Outcome outcome = collect(mask, walked);
+  const Outcome outcome = collect(mask, walked, update);
   if (outcome != Outcome::kDone) return outcome;
   if (!members_known && !look_at_members(mask)) return Outcome::kMembers;
   for (size_t i = 0; i < parameters_.size(); ++i)
@@ -289,13 +295,14 @@ Outcome Stepper::step(const std::optional<at::Tensor>& grad_scale,
   if (members_known)
     for (size_t i = 0; i < strides_.size(); ++i)
       if (gradients_[i].defined()) strides_[i] = gradients_[i].strides().vec();
-  return run(grad_scale, found_inf, unscale, turn, std::nullopt);
+  return run(grad_scale, found_inf, unscale, turn, std::nullopt, update);
 }
 
 Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                              const std::optional<at::Tensor>& grad_scale,
                              const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
-                             const std::optional<at::Tensor>& sums) {
+                             const std::optional<at::Tensor>& sums, Updater* update,
+                             const std::vector<std::optional<Updater::Given>>& updated) {
   const Exclusive exclusive(*this);
   TORCH_CHECK_VALUE(gradients.size() == parameters_.size(),
                     "one gradient or None for each parameter");
@@ -307,23 +314,29 @@ Outcome Stepper::step_gradients(std::vector<std::optional<at::Tensor>> gradients
     TORCH_CHECK(!gradients[i] || take(i, *gradients[i]),
                 "gradient ", i, " is not flat, dense and real");
     if (gradients[i]) had_gradient_[i] = 1;
+    if (gradients[i] && update) update->give(i, updated.at(i).value());
   }
-  return run(grad_scale, found_inf, unscale, turn, sums);
+  return run(grad_scale, found_inf, unscale, turn, sums, update);
 }
 
 Outcome Stepper::run(const std::optional<at::Tensor>& grad_scale,
                   const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
-                  const std::optional<at::Tensor>& sums) {
+                  const std::optional<at::Tensor>& sums, Updater* update) {
   {
     py::gil_scoped_release unlocked;
     engine_->step({addresses_.data(), dtypes_.data(),
                    grad_scale ? grad_scale->const_data_ptr<float>() : nullptr,
                    found_inf ? found_inf->mutable_data_ptr<float>() : nullptr, unscale, turn,
                    written_.data(),
-                   sums ? reinterpret_cast<Sums*>(sums->mutable_data_ptr<double>()) : nullptr});
+                   sums ? reinterpret_cast<Sums*>(sums->mutable_data_ptr<double>()) : nullptr,
+                   update ? update->inputs() : nullptr});
   }
-  for (size_t i = 0; i < gradients_.size(); ++i)
-    if (written_[i]) gradients_[i].unsafeGetTensorImpl()->bump_version();
+  if (update) {
+    update->end(written_);
+  } else {
+    for (size_t i = 0; i < gradients_.size(); ++i)
+      if (written_[i]) gradients_[i].unsafeGetTensorImpl()->bump_version();
+  }
   if (found_inf) found_inf->unsafeGetTensorImpl()->bump_version();
   return Outcome::kDone;
 }

@@ -12,6 +12,7 @@
 
 #include "engine.h"
 #include "tiles.h"
+#include "updater.h"
 
 namespace gradamp {
 
@@ -19,14 +20,16 @@ namespace gradamp {
 // have, for a gradient is missing. kUnusual: Python looks closer, for it holds the rules of what
 // a gradient may be and the errors that name a parameter. kMembers: it looks closer too, for a
 // member of some layer joins, leaves, lies in another memory order, or has lacked a gradient for
-// long; then it asks for the step again. The others are those of call.Outcome.
+// long; then it asks for the step again. kStateless: likewise, for an optimizer's state is still to
+// be made. The others are those of call.Outcome.
 enum class Outcome : int {
   kDone = 0,
   kEmpty = 1,
   kRebind = 2,
   kMissing = 3,
   kUnusual = 4,
-  kMembers = 5
+  kMembers = 5,
+  kStateless = 6
 };
 
 class __attribute__((visibility("hidden"))) Stepper {
@@ -39,18 +42,20 @@ class __attribute__((visibility("hidden"))) Stepper {
 
   // Parameters that are frozen, or whose byte in `only` is 0, count as having no gradient.
   // Unless `walked`, a parameter that had a gradient on its last step and has none now ends in
-  // kMissing. `members_known`: who is a member has been looked at in Python.
+  // kMissing. `members_known`: who is a member has been looked at in Python. With `update`, null
+  // or begun, parameters are updated; where there is no layer, those that are frozen as well.
   Outcome step(const std::optional<at::Tensor>& grad_scale,
                const std::optional<at::Tensor>& found_inf, bool unscale,
-               const std::optional<py::bytes>& only, bool walked, Turn turn,
+               const std::optional<py::bytes>& only, bool walked, Turn turn, Updater* update,
                bool members_known);
 
-  // The same with flat dense gradients given, one for each parameter. `sums`, fp64
-  // [layers + 1, 8]: StepInputs.sums.
+  // The same with flat dense gradients given, one for each parameter, and with `update` what is
+  // updated for each. `sums`, fp64 [layers + 1, 8]: StepInputs.sums.
   Outcome step_gradients(std::vector<std::optional<at::Tensor>> gradients,
                          const std::optional<at::Tensor>& grad_scale,
                          const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
-                         const std::optional<at::Tensor>& sums);
+                         const std::optional<at::Tensor>& sums, Updater* update,
+                         const std::vector<std::optional<Updater::Given>>& updated);
 
   // Whatever is done next on the current stream sees the state as the last step left it.
   void settle() { engine_->settle(); }
@@ -61,7 +66,7 @@ class __attribute__((visibility("hidden"))) Stepper {
 
  private:
   class Exclusive;
-  Outcome collect(const char* only, bool walked);
+  Outcome collect(const char* only, bool walked, Updater* update);
   // Takes note of who is a member of its layer; false: Python has to.
   bool look_at_members(const char* only);
   bool lies_as_before(size_t index) const;
@@ -69,7 +74,7 @@ class __attribute__((visibility("hidden"))) Stepper {
   bool take(size_t index, const at::Tensor& gradient);
   Outcome run(const std::optional<at::Tensor>& grad_scale,
               const std::optional<at::Tensor>& found_inf, bool unscale, Turn turn,
-              const std::optional<at::Tensor>& sums);
+              const std::optional<at::Tensor>& sums, Updater* update);
   // Whether two gradients share memory. Looked at only when addresses are not those of before.
   bool overlap();
   void release();
@@ -82,6 +87,7 @@ class __attribute__((visibility("hidden"))) Stepper {
   py::buffer_info members_, lacking_;    // `flags` and `lacking` of model/members.py
   std::vector<std::vector<int64_t>> strides_;  // of gradients whose flag is 2, when last looked at
   int64_t sums_numel_;
+  bool alone_;  // no layer: an optimizer's update without amplifier
   at::Tensor values_, sketch_, parity_;
   std::unique_ptr<Engine> engine_;
 

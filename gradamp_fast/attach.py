@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from . import ops
 from .bound_model import BoundModel
 from .call import Call
 from .model.optimizers import Holding
+from .optim import Fused
 from .optimizer_scale import follows_gradient_size, inside
 
 # Under these names an optimizer keeps one that it steps: Accelerate's, Lookahead, SAM. Its own
@@ -30,7 +31,7 @@ def warn_if_scale_invariant(optimizer: Optimizer, stacklevel: int = 2) -> None:
         warnings.warn(
             f"{type(optimizer).__name__} divides out the scale of a layer's gradients: a constant "
             "factor changes nothing, and a change of factor acts as a short kick to the learning "
-            "rate. Use SGD, or scale learning rates by parameter group instead.",
+            "rate. Use gradamp_fast.optim.AdamW, whose updates are multiplied, or SGD.",
             stacklevel=stacklevel + 1,
         )
 
@@ -40,8 +41,14 @@ def refuse_growth(optimizer: Optimizer) -> None:
     if not follows_gradient_size(optimizer):
         raise ValueError(
             f"grow=True does nothing under {type(optimizer).__name__}, which divides out the "
-            "scale of a layer's gradients: use SGD, or leave grow out"
+            "scale of a layer's gradients: use gradamp_fast.optim.AdamW, whose updates are "
+            "multiplied, or SGD, or leave grow out"
         )
+
+
+def updates_itself(bound: BoundModel, optimizer: Optimizer) -> bool:
+    """Whether the optimizer's own pass amplifies; not where backpropagation does."""
+    return isinstance(optimizer, Fused) and not bound.rules.backward
 
 
 def innermost(optimizer: Any) -> Optimizer:
@@ -73,33 +80,44 @@ def _refuse_without_hooks(optimizer: Optimizer) -> None:
 class Attachment:
     """Handle of ``Amplifier.attach``; ``remove()`` ends it.
 
-    The optimizer's hook keeps it alive, and it what is bound of the model.
+    The optimizer's hook keeps it alive, and it what is bound of the model. One of
+    ``gradamp_fast.optim`` is given a part in its steps; ``always``: in each of them, else in the
+    next one after ``arm`` alone.
     """
 
-    def __init__(self, bound: BoundModel, optimizer: Optimizer) -> None:
+    def __init__(self, bound: BoundModel, optimizer: Optimizer, always: bool = True) -> None:
         _refuse_without_hooks(optimizer)
         if bound.attached_to(optimizer):
             raise ValueError("the amplifier is attached to this optimizer already")
-        if bound.rules.grow:
+        fused = updates_itself(bound, optimizer)
+        if bound.rules.grow and not fused:
             refuse_growth(optimizer)
         bound.meet()
         plan, holding = bound.plan, Holding(optimizer)
         ours = {id(p) for p in (*(slot.parameter for slot in plan.slots), *plan.watched)}
         if ours.isdisjoint(holding.parameters):
             raise ValueError("the optimizer holds no parameter of the amplifier's model")
-        self._bound, self._holding = bound, holding
+        self._bound, self._holding, self._fused = bound, holding, fused
+        self.always, self._armed = always, always
+        self._given = Call()
         self._depth = 0  # of calls of step within each other
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         )
         holding.hook = self._hooks[0]
+        holding.multiplies_update = (
+            fused and isinstance(optimizer, Fused) and optimizer.multiplies_update
+        )
         try:
             bound.join(holding)
         except ValueError:
             self._unhook()
             raise
-        warn_if_scale_invariant(optimizer, stacklevel=3)
+        if isinstance(optimizer, Fused) and fused:
+            optimizer.amplifiers.append(self)
+        else:
+            warn_if_scale_invariant(optimizer, stacklevel=3)
 
     @property
     def active(self) -> bool:
@@ -109,7 +127,53 @@ class Attachment:
     def remove(self) -> None:
         """The optimizer's steps no longer amplify."""
         self._unhook()
+        optimizer = self._holding.optimizer
+        if isinstance(optimizer, Fused) and self in optimizer.amplifiers:
+            optimizer.amplifiers.remove(self)
         self._bound.leave(self._holding)
+
+    def amplifies_for(self, bound: BoundModel) -> bool:
+        return self._bound is bound
+
+    def arm(self, call: Call) -> None:
+        """The optimizer's next step amplifies, with the call's scale unless it has one.
+
+        ValueError if every step does, or if that leaves out a part of the model.
+        """
+        if self.always:
+            raise ValueError(
+                "the model's Amplifier is attached to this optimizer, which amplifies by itself: "
+                "remove this call, or the handle that attach() returned"
+            )
+        self._bound.follow(self._holding)
+        plan = self._bound.plan
+        for held, slot in zip(self._holding.only(plan) or (), plan.slots, strict=False):
+            if not held and slot.layer >= 0:
+                raise ValueError(
+                    f"the optimizer does not hold {slot.name!r}, so its step cannot amplify the "
+                    "whole model: attach an Amplifier to each of the optimizers"
+                )
+        self._armed, self._given = True, call
+
+    def update(self, call: Call) -> Collection[int]:
+        """In the step of an optimizer of ``gradamp_fast.optim``: amplifies and updates.
+
+        Returns the ids of all parameters that had their turn.
+        """
+        optimizer = self._holding.optimizer
+        armed, self._armed = self._armed, self.always
+        if not (armed and self.active and optimizer) or _makes_state_only(optimizer):
+            return ()
+        if call.grad_scale is None and call.found_inf is None:
+            call = call._replace(grad_scale=self._given.grad_scale, found_inf=self._given.found_inf)
+        self._bound.follow(self._holding)
+        self._bound.step(call, self._holding)
+        held = self._holding.parameters
+        return {
+            id(slot.parameter)
+            for slot in self._bound.plan.slots
+            if slot.parameter.requires_grad and id(slot.parameter) in held
+        }
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -119,6 +183,8 @@ class Attachment:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """``args`` begins with the optimizer."""
+        if self._fused:
+            return None
         if self._depth > 0 and not ops.compiling():
             self._depth = _steps_under_way(optimizer)  # one that raised was not counted down
         self._depth += 1

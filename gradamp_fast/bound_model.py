@@ -83,6 +83,7 @@ class BoundModel:
         self._rising: bool | None = None  # as it stands in the state; None: not known
         self._risers: weakref.WeakSet[Holding] = weakref.WeakSet()
         self._suspensions = 0
+        self._any_on_update = False
         _BOUND[self.handle] = self
 
     @property
@@ -305,6 +306,7 @@ class BoundModel:
             state.inherit(plan, self._state, self.plan)
         hooked = self._backend is not None and self._backend.acts_between_steps
         self.plan, self._state, self._backend = plan, state, None
+        self._tell_updates()
         if hooked:
             self.prepare()
 
@@ -344,11 +346,13 @@ class BoundModel:
         except ValueError:
             self.holdings.discard(holding)
             raise
+        self._tell_updates()
 
     def leave(self, holding: Holding) -> None:
         """The optimizer's wishes no longer count."""
         self.holdings.discard(holding)
         self._heed_optimizers()
+        self._tell_updates()
         if holding in self._risers:
             self._tell_rising(holding, False)
 
@@ -372,6 +376,19 @@ class BoundModel:
         if holding.changed():
             self._heed_optimizers()
             self._look_if_changed()
+            self._tell_updates()
+
+    def _tell_updates(self) -> None:
+        """Writes to the state of which layers an optimizer's updates are multiplied."""
+        held = [h.parameters for h in self.holdings if h.active and h.multiplies_update]
+        updated = frozenset[int]().union(*held)
+        if not updated and not self._any_on_update:
+            return
+        self._any_on_update = bool(updated)
+        slots = self.plan.slots[: self.plan.measured]
+        layers = {slot.layer for slot in slots if id(slot.parameter) in updated}
+        self.settled_state().tell_updates([n in layers for n in range(len(self.plan.layers))])
+        self.written()
 
     def _heed_optimizers(self) -> None:
         """Leaves out what they do not want amplified; each one's share of a layer is its own."""

@@ -20,6 +20,8 @@ SCHEMA = 3
 # What came with schema 3; a state dict of schema 2 is one without growth.
 _NEW_OPTIONS = {"grow": False, "max_factor": None}
 _NEW_FIELDS = {"member_numel", "factor", "settled", "least_variance"}
+# Which optimizer a layer has is the program's to say, not a checkpoint's.
+_STORED = [name for name in LAYER_FIELDS if name != "on_update"]
 _NEW_GLOBALS = {"round_skipped", "gated", "rising"}
 _KEYS = ("schema", "options", "fields", "layers", "globals", "state", "sketches", "cuts")
 
@@ -40,10 +42,10 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "options": options.to_checkpoint(),
-        "fields": list(LAYER_FIELDS),
+        "fields": _STORED,
         "globals": list(GLOBAL_FIELDS),
         "layers": dict(zip(plan.layers, plan.layer_numel, strict=True)),
-        "state": state.values.detach().cpu().clone(),
+        "state": _numbers(state.on_host()),
         "sketches": sketches,
         "cuts": cuts,
         "members": [
@@ -52,6 +54,12 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
             if flag
         ],
     }
+
+
+def _numbers(state: State) -> Tensor:
+    """What is stored of the state's numbers: fp64 [globals + layers x fields]."""
+    layers = torch.stack([state.column(name) for name in _STORED], dim=1)
+    return torch.cat((state.values[: len(GLOBAL_FIELDS)], layers.flatten()))
 
 
 def load(stored: Mapping[str, Any], plan: Plan, state: State, options: Options) -> int:
@@ -98,7 +106,7 @@ def _fields(stored: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Names of the numbers of a layer, and of those of all. ValueError for another schema."""
     new = {2: (_NEW_FIELDS, _NEW_GLOBALS), SCHEMA: (set[str](), set[str]())}.get(stored["schema"])
     if new is not None:
-        fields = [name for name in LAYER_FIELDS if name not in new[0]]
+        fields = [name for name in _STORED if name not in new[0]]
         numbers = [name for name in GLOBAL_FIELDS if name not in new[1]]
         if list(stored["fields"]) == fields and list(stored["globals"]) == numbers:
             return fields, numbers

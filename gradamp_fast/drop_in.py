@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .amplifier import Amplifier
-from .attach import innermost, refuse_growth, warn_if_scale_invariant
+from .attach import Attachment, innermost, refuse_growth, updates_itself, warn_if_scale_invariant
+from .bound_model import BoundModel
+from .call import Call
 from .model.walk import unwrap
+from .optim import Fused
 
 # Each model's Amplifier, and the options as they were given last.
 _Kept = tuple[Amplifier, dict[str, Any]]
@@ -36,7 +39,9 @@ def fused_amplify(
 
     Args:
         model: whose gradients ``backward()`` has just made.
-        optimizer: given only to be warned if a constant factor does not move it; with
+        optimizer: one of ``gradamp_fast.optim`` amplifies in its next ``step()``, in the pass
+            that updates, and gradients stay as they are; it has to hold all of the model. Another
+            one is given only to be warned if a constant factor does not move it; with
             ``grow=True`` that is a ValueError.
         grad_scale, found_inf, unscale: as ``Amplifier.step`` takes them.
         **options: those of ``Options``.
@@ -55,6 +60,10 @@ def fused_amplify(
     amplifier = Amplifier(model, **options) if kept is None else kept[0]
     if kept is not None and options and options != kept[1]:
         _compare(amplifier, options)
+    if optimizer is not None and updates_itself(amplifier.bound, innermost(optimizer)):
+        _arm(amplifier, innermost(optimizer), Call(grad_scale, found_inf, unscale))
+        _KEPT[model] = amplifier, options if kept is None else kept[1]
+        return amplifier
     if amplifier.attached:
         raise ValueError(
             "the model's Amplifier is attached to an optimizer, which calls it by itself: remove "
@@ -71,9 +80,29 @@ def fused_amplify(
     return amplifier
 
 
+def _attachments(bound: BoundModel, optimizer: Optimizer | None) -> list[Attachment]:
+    """Those that take part in the steps of an optimizer of ``gradamp_fast.optim``."""
+    given = optimizer.amplifiers if isinstance(optimizer, Fused) else ()
+    return [a for a in given if isinstance(a, Attachment) and a.amplifies_for(bound)]
+
+
+def _arm(amplifier: Amplifier, optimizer: Optimizer, call: Call) -> None:
+    """The optimizer's next step amplifies."""
+    found = _attachments(amplifier.bound, optimizer)
+    attachment = found[0] if found else Attachment(amplifier.bound, optimizer, always=False)
+    attachment.arm(call)
+
+
 def reset(model: nn.Module) -> None:
     """Forgets the Amplifier that ``fused_amplify`` keeps for a model, with its options."""
-    _KEPT.pop(unwrap(model), None)
+    kept = _KEPT.pop(unwrap(model), None)
+    if kept is None:
+        return
+    bound = kept[0].bound
+    for holding in list(bound.holdings):
+        for attachment in _attachments(bound, holding.optimizer):
+            if not attachment.always:
+                attachment.remove()
 
 
 def _compare(amplifier: Amplifier, given: dict[str, Any]) -> None:

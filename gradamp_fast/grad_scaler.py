@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from .amplifier import Amplifier
-from .attach import OneStep, refuse_growth, warn_if_scale_invariant
+from .attach import Attachment, OneStep, refuse_growth, updates_itself, warn_if_scale_invariant
 from .call import Call
 from .model.optimizers import Holding
 from .model.plan import Plan
@@ -28,7 +28,9 @@ class GradScaler(torch.amp.GradScaler):
     Use it in the place of torch's, and do not step the amplifier as well: ``unscale_(optimizer)``
     is one step over the optimizer's part of the model, and ``step(optimizer)`` makes it if
     ``unscale_`` was not called. An optimizer that unscales by itself (``fused=True``) is left to
-    do so, unless ``unscale_`` was called. Parameters of an optimizer that are not the
+    do so, unless ``unscale_`` was called. One of ``gradamp_fast.optim`` amplifies in its own step:
+    it is attached to when it is met first, and gradients are as torch's scaler leaves them.
+    Parameters of an optimizer that are not the
     amplifier's, such as another model's, are unscaled and checked as torch does it. With
     ``enabled=False`` nothing is scaled, and gradients are amplified all the same.
 
@@ -90,7 +92,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divides the optimizer's gradients by the scale, and amplifies."""
-        if self.is_enabled():
+        if self.is_enabled() or self._amplifies_itself(optimizer):
             super().unscale_(optimizer)
             return
         if optimizer in self._amplified:
@@ -100,7 +102,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """Amplifies unless ``unscale_`` has, then steps the optimizer unless it overflowed."""
-        if not self.is_enabled() and optimizer not in self._amplified:
+        amplifies = self._amplifies_itself(optimizer)
+        if not self.is_enabled() and not amplifies and optimizer not in self._amplified:
             once = OneStep(optimizer, partial(self._amplify, optimizer))
             given = once.enter((optimizer, *args), kwargs)
             if given is not None:
@@ -124,6 +127,8 @@ class GradScaler(torch.amp.GradScaler):
         Or, with an inverse of 1 and ``allow_fp16``, from the check for an optimizer that unscales
         by itself. Returns a ``found_inf`` for each device.
         """
+        if self._amplifies_itself(optimizer):
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         bound, holding = self.amplifier.bound, self._holding(optimizer)
         bound.prepare()
         split = holding.split(optimizer, bound.plan)
@@ -159,6 +164,14 @@ class GradScaler(torch.amp.GradScaler):
         scale = self._scale.to(device, non_blocking=True)
         ops.step(bound, Call(scale, total, unscale=not allow_fp16), holding, only)
         return {**found, device: total}
+
+    def _amplifies_itself(self, optimizer: Optimizer) -> bool:
+        bound = self.amplifier.bound
+        if not updates_itself(bound, optimizer):
+            return False
+        if not bound.attached_to(optimizer):
+            Attachment(bound, optimizer)
+        return True
 
     def _holding(self, optimizer: Optimizer) -> _Split:
         bound = self.amplifier.bound

@@ -66,7 +66,8 @@ class CpuEngine final : public Engine {
         sums_(tiling_.num_layers),
         scores_(tiling_.num_layers),
         amplified_(tiling_.num_layers),
-        multipliers_(tiling_.num_tensors()) {
+        multipliers_(tiling_.num_tensors()),
+        terms_(tiling_.num_tensors()) {
     config_.windows = windows_.data();
   }
 
@@ -79,26 +80,27 @@ class CpuEngine final : public Engine {
     }
     const double inverse = inverse_scale(in.grad_scale);
     const double factor = active_factor(config_, global, in.turn);
-    const double unscale = in.unscale ? inverse : 1.0;
+    const double unscale = in.unscale || in.update ? inverse : 1.0;
     const bool one_pass = !config_.exact && !needs_norm(config_);
     const bool norm = needs_norm(config_) && !in.sums;
 
     if (one_pass) {
       for (int64_t l = 0; l < tiling_.num_layers; ++l)
         amplified_[l] = amplification(config_, state_.layers[l], factor);
-      set_multipliers(in, unscale);
+      settle_multipliers(in, unscale);
     }
-    const bool with_excluded = norm || (one_pass && unscale != 1.0);
+    const bool with_excluded = norm || (one_pass && (unscale != 1.0 || in.update));
     each_tile(with_excluded ? tiling_.num_tiles : tiling_.measured_tiles, [&](int64_t tile) {
-      if (norm || tile < tiling_.measured_tiles) measure(in, tile, inverse);
-      if (one_pass) multiply(in, tile);
+      const bool measured = norm || tile < tiling_.measured_tiles;
+      if (measured) measure(in, tile, inverse, one_pass);
+      if (one_pass && !(measured && in.update)) apply(in, tile);
     });
 
     SerialGroup group;
     reduce(in);
     if (in.sums) {
       std::copy(sums_.begin(), sums_.end(), in.sums);
-      if (one_pass) mark_written(in);
+      if (one_pass) mark_applied(in);
       return;
     }
     const Scratch scratch = {scores_.data(), amplified_.data()};
@@ -111,13 +113,13 @@ class CpuEngine final : public Engine {
     }
     if (!one_pass) {
       const double coefficient =
-          norm ? apply_norm(config_, global, sums_.data(), tiling_.num_layers,
+          norm ? apply_norm(config_, global, state_.layers, sums_.data(), tiling_.num_layers,
                             excluded_moments(in), amplified_.data(), group)
                : 1.0;
-      set_multipliers(in, unscale * coefficient);
-      each_tile(tiling_.num_tiles, [&](int64_t tile) { multiply(in, tile); });
+      settle_multipliers(in, unscale * coefficient);
+      each_tile(tiling_.num_tiles, [&](int64_t tile) { apply(in, tile); });
     }
-    mark_written(in);
+    mark_applied(in);
   }
 
  private:
@@ -153,7 +155,8 @@ class CpuEngine final : public Engine {
             std::min(kTileElements, tensor.numel - first)};
   }
 
-  void measure(const StepInputs& in, int64_t tile, double inverse) {
+  // `updates`: if that is what is done with the elements, it is done in the same pass.
+  void measure(const StepInputs& in, int64_t tile, double inverse, bool updates) {
     const Slice part = slice(in, tile);
     if (!part.data) return;
     const int64_t t = tiling_.tile_tensor[tile];
@@ -161,6 +164,11 @@ class CpuEngine final : public Engine {
     const int64_t first = int64_t{tensor.first_word} * 32 + part.first;
     MeasureTile work = {part.data, in.dtypes[t], first,   part.count, tensor.bucket_log2,
                         inverse,   0.0,          nullptr, nullptr};
+    UpdateTile update;
+    if (updates && in.update) {
+      update = update_of(in, part, t);
+      work.update = &update;
+    }
     if (t < tiling_.measured) {
       const int64_t bucket = tensor.first_bucket + (part.first >> tensor.bucket_log2);
       work.weight = next_weight(state_.layers[tensor.layer], config_.decay);
@@ -170,11 +178,27 @@ class CpuEngine final : public Engine {
     tiles_[tile] = chosen().kernels->measure(work);
   }
 
-  void multiply(const StepInputs& in, int64_t tile) {
+  // What is done with a tile's elements once their multiplier is known.
+  void apply(const StepInputs& in, int64_t tile) {
     const Slice part = slice(in, tile);
     const int64_t t = tiling_.tile_tensor[tile];
-    if (part.data && multipliers_[t] != 1.0)
+    if (!part.data) return;
+    if (in.update) {
+      chosen().kernels->update(update_of(in, part, t));
+    } else if (multipliers_[t] != 1.0) {
       chosen().kernels->multiply(part.data, in.dtypes[t], part.count, multipliers_[t]);
+    }
+  }
+
+  UpdateTile update_of(const StepInputs& in, const Slice& part, int64_t t) const {
+    const UpdateTensor& tensor = in.update->tensors[t];
+    const Hyper& hyper = in.update->groups[tensor.group];
+    const int64_t offset = part.first * element_bytes(in.dtypes[t]);
+    const auto at = [&](void* data) { return static_cast<char*>(data) + offset; };
+    UpdateTile tile = {part.data,  at(tensor.parameter), {},        in.dtypes[t],
+                       part.count, &hyper,               &terms_[t]};
+    for (int s = 0; s < update_states(hyper); ++s) tile.states[s] = at(tensor.states[s]);
+    return tile;
   }
 
   // Tiles to layers, always in tile order.
@@ -199,17 +223,27 @@ class CpuEngine final : public Engine {
     return all;
   }
 
-  void set_multipliers(const StepInputs& in, double common) {
+  // `common` multiplies all gradients.
+  void settle_multipliers(const StepInputs& in, double common) {
     for (int64_t t = 0; t < tiling_.num_tensors(); ++t) {
+      if (!in.gradients[t]) continue;
       const int32_t layer = tiling_.tensors[t].layer;
       const double own = layer < 0 ? 1.0 : amplified_[layer];
-      multipliers_[t] = as_applied(own * common, in.dtypes[t]);
+      if (in.update) {
+        const UpdateTensor& tensor = in.update->tensors[t];
+        terms_[t] = update_terms<double>(in.update->groups[tensor.group], own, common, *tensor.steps);
+      } else {
+        multipliers_[t] = as_applied(own * common, in.dtypes[t]);
+      }
     }
   }
 
-  void mark_written(const StepInputs& in) const {
-    for (int64_t t = 0; t < tiling_.num_tensors(); ++t)
-      in.written[t] = in.gradients[t] && multipliers_[t] != 1.0;
+  void mark_applied(const StepInputs& in) const {
+    for (int64_t t = 0; t < tiling_.num_tensors(); ++t) {
+      if (!in.gradients[t]) continue;
+      in.written[t] = in.update || multipliers_[t] != 1.0;
+      if (in.update) *in.update->tensors[t].steps += 1.0f;
+    }
   }
 
   void flip_parity(const StepInputs& in) {
@@ -232,6 +266,7 @@ class CpuEngine final : public Engine {
   std::vector<double> scores_;
   std::vector<double> amplified_;    // per layer, this step
   std::vector<double> multipliers_;  // per tensor, rounded as it is applied
+  std::vector<UpdateTerms<double>> terms_;  // per tensor, where there is an update
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // AVX-512, 8 with AVX2, else 4. Loads and stores convert from and to a gradient's dtype.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -73,6 +74,14 @@ inline f32v load(const fp16* p) {
 #endif
 }
 
+// The last elements of a tile, fewer than a vector, with zeros behind them.
+template <class T>
+inline f32v load_last(const T* data, int64_t lanes) {
+  T last[kLanes] = {};
+  std::memcpy(last, data, lanes * sizeof(T));
+  return load(last);
+}
+
 // ---- from fp32, to nearest even -----------------------------------------------------
 
 inline void store(float* p, f32v x) { std::memcpy(p, &x, sizeof x); }
@@ -113,6 +122,28 @@ inline void store(fp16* p, f32v x) {
   std::memcpy(p, &half, sizeof half);
 #else
   for (int lane = 0; lane < kLanes; ++lane) p[lane].bits = to_fp16_bits(x[lane]);
+#endif
+}
+
+template <class T>
+inline void store_last(T* data, f32v x, int64_t lanes) {
+  T last[kLanes];
+  store(last, x);
+  std::memcpy(data, last, lanes * sizeof(T));
+}
+
+// ---- arithmetic that operators have not ----------------------------------------------
+
+inline f32v larger(f32v a, f32v b) { return a < b ? b : a; }
+
+inline f32v root(f32v x) {
+#if defined(__AVX512F__)
+  return bits_as<f32v>(_mm512_maskz_sqrt_ps(0xffff, bits_as<__m512>(x)));
+#elif defined(__AVX2__)
+  return bits_as<f32v>(_mm256_sqrt_ps(bits_as<__m256>(x)));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = std::sqrt(x[lane]);
+  return x;
 #endif
 }
 

@@ -181,7 +181,7 @@ __device__ inline void conclude(const StepArgs& a) {
   block.barrier();
   double coefficient = 1.0;
   if (counted && needs_norm(a.config))
-    coefficient = apply_norm(a.config, global, w.layers, a.num_layers,
+    coefficient = apply_norm(a.config, global, a.state.layers, w.layers, a.num_layers,
                              w.layers[a.num_layers].moments, w.scratch.amplified, block);
   if (counted) {
     for (int t = block.rank(); t < a.measured; t += block.size()) {

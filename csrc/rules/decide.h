@@ -161,9 +161,10 @@ GRADAMP_HD double grown(const LayerState& s) {
   return braked > 1.0 ? braked : 1.0;
 }
 
-// After a step. A variance of 0 is none: nothing can be compared to it.
+// After a step. A variance of 0 is none: nothing can be compared to it. Nor is there one where an
+// optimizer's update is multiplied, which a surge of the gradients does not enlarge.
 GRADAMP_HD void keep_least(LayerState& s, double min_steps) {
-  if (kEarly * s.steps >= min_steps && s.variance > 0.0 && s.variance < s.least_variance)
+  if (s.on_update == 0.0 && kEarly * s.steps >= min_steps && s.variance > 0.0 && s.variance < s.least_variance)
     s.least_variance = s.variance;
 }
 
@@ -171,7 +172,8 @@ GRADAMP_HD void settle(LayerState& s, double taken_back) {
   const double left = grown(s) / taken_back;
   s.factor = left > 1.0 ? left : 1.0;
   s.settled = 1.0;
-  s.least_variance = s.variance > 0.0 ? s.variance : static_cast<double>(INFINITY);
+  const bool comparable = s.on_update == 0.0 && s.variance > 0.0;
+  s.least_variance = comparable ? s.variance : static_cast<double>(INFINITY);
 }
 
 // At a decision: layers grow by `factor`, or settle for good. `scores` are finite where layers
@@ -310,16 +312,17 @@ GRADAMP_HD bool commit(const Config& c, GlobalState& g, LayerState* states, cons
 }
 
 // Square root of the sums of squares over the layers and `excluded` (count 0: none),
-// before and after amplification; returns the coefficient and stores the norm.
+// before and after amplification; returns the coefficient and stores the norm. Gradients of
+// layers whose optimizer's updates are multiplied are not amplified.
 template <class Group>
-GRADAMP_HD double apply_norm(const Config& c, GlobalState& g, const Sums* sums,
-                             int64_t layers, const Moments& excluded, const double* amplified,
-                             Group& group) {
+GRADAMP_HD double apply_norm(const Config& c, GlobalState& g, const LayerState* states,
+                             const Sums* sums, int64_t layers, const Moments& excluded,
+                             const double* amplified, Group& group) {
   double before = 0.0, after = 0.0;
   for (int64_t l = group.rank(); l < layers; l += group.size()) {
     if (sums[l].moments.count == 0.0) continue;
     const double power = energy(sums[l].moments);
-    const double multiplier = amplified[l];
+    const double multiplier = states[l].on_update != 0.0 ? 1.0 : amplified[l];
     before += power;
     after += multiplier * multiplier * power;
   }

@@ -49,7 +49,8 @@ namespace gradamp {
   X(member_numel)    /* elements of its members; 0: those of the first step measured */ \
   X(factor)          /* a: what growth came to */                                       \
   X(settled)         /* 0 or 1: it grows no more */                                     \
-  X(least_variance)  /* V_min; infinite before there is one */
+  X(least_variance)  /* V_min; infinite before there is one, and with on_update */         \
+  X(on_update)       /* 1: an optimizer's update is multiplied, not the gradient */
 
 #define GRADAMP_ENUMERATOR(name, text) name,
 enum class Measure : int32_t { GRADAMP_MEASURES(GRADAMP_ENUMERATOR) };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor
 
 from .. import _extension, reference
-from ..call import Call, Outcome
+from ..call import Call, Outcome, Updated, Updates
 from ..model.gradients import GradientReader
 from ..model.plan import Plan
 from ..options import Rules
 from ..reference.state import ENUMS, GLOBAL_FIELDS, LAYER_FIELDS, State
 from .stepping import Measuring
 
+_MEMBERS, _STATELESS = 5, 6  # Outcome::kMembers and kStateless in csrc/stepper.h
 # The extension's own lists, which have to be the same.
-_MEMBERS = 5  # Outcome::kMembers in csrc/stepper.h
 LISTS = {
     "GLOBAL_FIELDS": GLOBAL_FIELDS,
     "LAYER_FIELDS": LAYER_FIELDS,
@@ -49,9 +50,19 @@ class CompiledBackend(Measuring):
             members=state.members.flags,
             lacking=state.members.lacking,
         )
+        # Of each optimizer: which slots it updates, as of which version of its groups.
+        self._updaters: weakref.WeakKeyDictionary[Updates, tuple[int, Any]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def step(self, call: Call) -> Outcome:
-        outcome = self.compiled.step(*call)  # in the order of its fields
+        updates = call.update
+        given = call if updates is None else call._replace(update=self._updater(updates))
+        outcome = self.compiled.step(*given)  # in the order of its fields
+        if outcome == _STATELESS:
+            assert updates is not None
+            updates.make_state()
+            outcome = self.compiled.step(*given)
         if outcome == 0:  # what nearly every step comes to, without a look at the enumeration
             return Outcome.DONE
         if outcome <= Outcome.MISSING:
@@ -60,12 +71,24 @@ class CompiledBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        updated = None if outcome == _MEMBERS else self.reader.updated(call)
         self.state.heed_members(self.plan)
         if outcome == _MEMBERS:
-            return Outcome(self.compiled.step(*call, members_known=True))
-        self._step_gradients(gradients, call, None)
+            return Outcome(self.compiled.step(*given, members_known=True))
+        self._step_gradients(gradients, call, None, updated)
         self.reader.write_back(call)
         return Outcome.DONE
+
+    def _updater(self, updates: Updates) -> Any:
+        """The extension's side of the updates, ready for a step."""
+        updates.look()
+        version, updater = self._updaters.get(updates, (0, None))
+        if version != updates.version:
+            groups = updates.groups(slot.parameter for slot in self.plan.slots)
+            updater = _extension.load().Updater(groups)  # type: ignore[union-attr]
+            self._updaters[updates] = updates.version, updater
+        updater.begin(updates.state, updates.counts, updates.hypers())
+        return updater
 
     def settle(self) -> None:
         # What is read next on the current stream waits for a step on another one.
@@ -74,15 +97,30 @@ class CompiledBackend(Measuring):
     def follow(self, restored: bool = False) -> None:
         self.compiled.written()
 
-    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
-        self._step_gradients(gradients, call, sums)
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        call: Call,
+        sums: Tensor,
+        updated: Sequence[Updated | None] | None = None,
+    ) -> None:
+        self._step_gradients(gradients, call, sums, updated)
 
     def _step_gradients(
-        self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None
+        self,
+        gradients: Sequence[Tensor | None],
+        call: Call,
+        sums: Tensor | None,
+        updated: Sequence[Updated | None] | None,
     ) -> None:
+        updater, given = None, []
+        if updated is not None:
+            assert call.update is not None
+            updater = self._updater(call.update)
+            given = [of and (of.parameter, of.states, of.steps) for of in updated]
         self.compiled.step_gradients(
             gradients, call.grad_scale, call.found_inf, call.unscale, call.begins_round,
-            call.decides, sums,
+            call.decides, sums, updater, given,
         )  # fmt: skip
 
 

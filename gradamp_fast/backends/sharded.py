@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
-from ..call import Call, Outcome
+from ..call import Call, Outcome, Updated
 from ..model.gradients import GradientReader
 from ..model.members import Members
 from ..model.plan import Plan
@@ -71,13 +71,14 @@ class ShardedBackend(Stepping):
             return gradients
         self.settle()
         state, rules = self.state, self.rules
+        updated = self.reader.updated(call)
         state.heed_members(self.plan)
         before = reference.standing(state, rules, call)
-        self._measure(gradients, call)
+        self._measure(gradients, call, None if rules.two_phases else updated)
         added_up = self._add_up(gradients, before)
         if rules.two_phases:
             sums, excluded = added_up()
-            reference.finish(self.plan, state, rules, gradients, call, before, sums, excluded)
+            reference.finish(self.plan, state, rules, gradients, call, before, sums, excluded, None)
         else:
             measured = reference.touched(self.plan, gradients)
 
@@ -93,7 +94,7 @@ class ShardedBackend(Stepping):
         # A DTensor has a version of its own; which ones were written is known on the device only.
         torch.autograd.graph.increment_version(
             [
-                gradient
+                gradient if call.update is None else slot.parameter
                 for slot in self.plan.slots
                 if slot.shard is not None and (gradient := slot.parameter.grad) is not None
             ]
@@ -113,10 +114,15 @@ class ShardedBackend(Stepping):
         dist.all_reduce(found, group=self.group)
         return found.nonzero().flatten().tolist()
 
-    def _measure(self, gradients: Sequence[Tensor | None], call: Call) -> None:
+    def _measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        call: Call,
+        updated: Sequence[Updated | None] | None,
+    ) -> None:
         self.seen.values[: len(GLOBAL_FIELDS)] = self.state.values[: len(GLOBAL_FIELDS)]
         self.seen.layers.copy_(self.state.layers[self.part_layer])
-        self.measuring.measure(gradients, call, self.sums)
+        self.measuring.measure(gradients, call, self.sums, updated)
 
     def _add_up(
         self, gradients: Sequence[Tensor | None], before: reference.Standing

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..call import Call, Outcome
+from ..call import Call, Outcome, Updated
 from ..model.plan import Plan
 from ..options import Rules
 from ..reference.state import State
@@ -60,12 +60,19 @@ class Backend(Stepping):
 class Measuring(Backend):
     """One that can also serve gradients that are spread over processes."""
 
-    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        call: Call,
+        sums: Tensor,
+        updated: Sequence[Updated | None] | None = None,
+    ) -> None:
         """A step up to its sums; nothing is committed.
 
         Flat gradients, one or None for each slot, are multiplied by what stood before the step
-        unless ``Rules.two_phases``, or ``found_inf`` is set. Each tensor's new running means go
-        to the row of the sketch that is not in use. ``sums``, fp64 [layers + 1, 8], gets
-        ``reference.Sums`` of each layer; its last row and last column may hold anything.
+        unless ``Rules.two_phases``, or ``found_inf`` is set; where there is ``updated`` that is
+        updated instead. Each tensor's new running means go to the row of the sketch that is not
+        in use. ``sums``, fp64 [layers + 1, 8], gets ``reference.Sums`` of each layer; its last row
+        and last column may hold anything.
         """
         raise NotImplementedError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..call import Call, Outcome
+from ..call import Call, Outcome, Updated
 from ..model.gradients import GradientReader
 from ..model.plan import Plan
 from ..options import Rules
@@ -30,16 +30,29 @@ class TorchBackend(Measuring):
         gradients = self.reader.read(call)
         if isinstance(gradients, Outcome):
             return gradients
+        updated = self.reader.updated(call)
         self.state.heed_members(self.plan)
-        reference.step(self.plan, self.state, self.rules, gradients, call)
+        reference.step(self.plan, self.state, self.rules, gradients, call, updated)
         self.reader.write_back(call)
         return Outcome.DONE
 
-    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        call: Call,
+        sums: Tensor,
+        updated: Sequence[Updated | None] | None = None,
+    ) -> None:
         before = reference.standing(self.state, self.rules, call)
         measured = reference.measure(self.plan, self.state, self.rules, gradients, before.inverse)
         sums[:-1, : len(measured)] = torch.stack(measured, dim=1)
-        if not self.rules.two_phases:
+        if self.rules.two_phases:
+            return
+        if updated is not None:
+            reference.update_all(
+                self.plan, gradients, updated, before.multipliers, before.inverse, ~before.skipped
+            )
+        else:
             reference.multiply(
                 self.plan,
                 gradients,

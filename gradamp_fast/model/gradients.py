@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..call import Call, Outcome
+from ..call import Call, Outcome, Updated
 from .members import Members, is_dense
 from .plan import Plan, Slot
 from .shards import is_dtensor, local, refuse_partial
@@ -39,6 +39,7 @@ class GradientReader:
         self.members = members
         self._needs_norm = needs_norm
         self._had_gradient = [False] * len(plan.slots)
+        self._read: list[Tensor | None] = []  # last: dense gradients, or copies of them
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._sparse: list[Tensor] = []
         self._apart: list[int] = []  # addresses of gradients that were seen to share no memory
@@ -49,7 +50,8 @@ class GradientReader:
         One that ``call.only`` leaves out is as if without gradient. A gradient that is strided
         without being dense, or lazily conjugated, is copied; ``write_back`` stores what became of
         it. A sparse one, which only an excluded parameter may have, counts as absent; there it is
-        unscaled.
+        unscaled. Where there is no layer the step is an optimizer's alone, which updates a frozen
+        parameter too if it has a gradient.
 
         Raises TypeError or ValueError, naming the parameter, before anything is written.
         """
@@ -60,7 +62,8 @@ class GradientReader:
             return Outcome.REBIND
         wanted = [only is None or bool(only[i]) for i in range(len(plan.slots))]
         gradients = [
-            _gradient(slot) if want else None for slot, want in zip(plan.slots, wanted, strict=True)
+            _gradient(slot, not plan.layers) if want else None
+            for slot, want in zip(plan.slots, wanted, strict=True)
         ]
         for slot, gradient, want, had in zip(
             plan.slots, gradients, wanted, self._had_gradient, strict=True
@@ -79,7 +82,7 @@ class GradientReader:
         if not present:
             return Outcome.EMPTY
         for slot, gradient in present:
-            _check(slot, gradient, self._needs_norm)
+            _check(slot, gradient, self._needs_norm, call.update is not None)
         if elsewhere := [(s, g) for s, g in present if g.device != self.device]:
             if len(elsewhere) == len(present) and not walked:
                 return Outcome.REBIND
@@ -89,13 +92,27 @@ class GradientReader:
                 f"{gradient.device}, others are on {self.device}; use one Amplifier for each "
                 "device's part of the model"
             )
-        self.refuse_shared_memory(gradients)
+        if call.update is None:
+            self.refuse_shared_memory(gradients)
         for index, want in enumerate(wanted):
             if want:
                 self._had_gradient[index] = gradients[index] is not None
         if self.members is not None:
             self.members.look(plan, gradients, wanted)
-        return [None if g is None else self._flat(g) for g in gradients]
+        self._read = [None if g is None else self._dense(g) for g in gradients]
+        return [None if g is None else _flat(g) for g in self._read]
+
+    def updated(self, call: Call) -> list[Updated | None] | None:
+        """What the call's optimizer updates by each gradient that was read; None without one.
+
+        Raises TypeError or ValueError, naming the parameter.
+        """
+        if call.update is None:
+            return None
+        slots = self.plan.slots
+        return call.update.tensors(
+            [slot.name for slot in slots], [slot.parameter for slot in slots], self._read
+        )
 
     def refuse_shared_memory(self, gradients: Sequence[Tensor | None]) -> None:
         """ValueError if two of them do, one for each slot: each would be multiplied twice.
@@ -120,7 +137,7 @@ class GradientReader:
                 )
         self._apart = addresses
 
-    def _flat(self, gradient: Tensor) -> Tensor | None:
+    def _dense(self, gradient: Tensor) -> Tensor | None:
         if gradient.layout != torch.strided:
             self._sparse.append(gradient)
             return None
@@ -129,14 +146,16 @@ class GradientReader:
             copy = gradient.resolve_conj().resolve_neg().contiguous()
             self._copies.append((gradient, copy))
             gradient = copy
-        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        return real.as_strided((real.numel(),), (1,))
+        return gradient
 
     @torch.no_grad()
     def write_back(self, call: Call) -> None:
-        """Stores the copies' contents in the gradients they were made of; unscales sparse ones."""
-        for gradient, copy in self._copies:
-            gradient.copy_(copy)
+        """Stores copies' contents in what they were made of; unscales sparse gradients."""
+        if call.update is None:
+            for gradient, copy in self._copies:
+                gradient.copy_(copy)
+        else:
+            call.update.write_back()
         self._copies.clear()
         if self._sparse and call.unscale and call.grad_scale is not None:
             inverse = (1 / call.grad_scale.double()).float().reshape(())
@@ -156,8 +175,13 @@ def state_device(plan: Plan) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _gradient(slot: Slot) -> Tensor | None:
-    gradient = slot.parameter.grad if slot.parameter.requires_grad else None
+def _flat(gradient: Tensor) -> Tensor:
+    real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    return real.as_strided((real.numel(),), (1,))
+
+
+def _gradient(slot: Slot, frozen_too: bool) -> Tensor | None:
+    gradient = slot.parameter.grad if slot.parameter.requires_grad or frozen_too else None
     if gradient is None or (slot.shard is None and not is_dtensor(gradient)):
         return gradient
     what = f"the gradient of {slot.name!r}"
@@ -175,7 +199,7 @@ def _gradient(slot: Slot) -> Tensor | None:
     return local(gradient)
 
 
-def _check(slot: Slot, gradient: Tensor, needs_norm: bool) -> None:
+def _check(slot: Slot, gradient: Tensor, needs_norm: bool, updates: bool) -> None:
     what = f"the gradient of {slot.name!r}"
     if type(gradient) not in (Tensor, Parameter):
         raise TypeError(
@@ -186,6 +210,12 @@ def _check(slot: Slot, gradient: Tensor, needs_norm: bool) -> None:
         raise TypeError(
             f"{what} was made under torch.inference_mode and cannot be changed: make it outside, "
             "or assign its clone()"
+        )
+    if gradient.layout != torch.strided and updates:
+        raise TypeError(
+            f"{what} has layout {gradient.layout}: a fused optimizer updates by dense gradients "
+            "alone; use a module that makes dense ones (such as Embedding(sparse=False)) or give "
+            "the parameter to an optimizer of its own"
         )
     if gradient.layout != torch.strided and (slot.layer >= 0 or needs_norm):
         fix = "leave max_norm and match_norm out" if slot.layer < 0 else "exclude it"

@@ -24,8 +24,10 @@ class Holding:
         number: in the order in which they were made.
         hook: by which the optimizer's steps amplify; None if something else calls the steps.
         rates: the learning rates of its groups at the last step.
+        multiplies_update: whether its updates are multiplied, not the gradients.
     """
 
+    multiplies_update: bool = False
     hook: RemovableHandle | None = None
     _count: ClassVar[Iterator[int]] = itertools.count()
 

@@ -39,12 +39,15 @@ from .step import (
     standing,
     step,
     touched,
+    update_all,
 )
+from .update import update
 
 __all__ = [
-    "EARLY", "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "LOW", "SURGE", "Standing", "State", "Sums",
+    "EARLY", "ENUMS", "GLOBAL_FIELDS", "LAYER_FIELDS", "LOW", "SURGE", "Standing", "State",
+    "Sums",
     "active_factor", "bucket_sums", "chosen_scores", "commit", "decide", "draws", "end_round",
     "excluded_squares", "finish", "last_decision", "mark_found_inf", "measure", "merge",
     "moments_of", "multipliers", "multiply", "nonfinite_layers", "product", "scores", "signs",
-    "standing", "step", "step_number", "touched",
+    "standing", "step", "step_number", "touched", "update", "update_all",
 ]  # fmt: skip

@@ -212,7 +212,7 @@ def _grow(state: State, rules: Rules, eligible: Tensor, due: Tensor | None, fact
     low = ~first | (direction > LOW)
 
     own, settled = state.column("factor"), state.column("settled")
-    variance, least = state.column("variance"), state.column("least_variance")
+    least = state.column("least_variance")
     free = may & eligible & (settled == 0)
     grows = low & (state.column("selected") != 0)
     settles = free & ~grows
@@ -222,7 +222,7 @@ def _grow(state: State, rules: Rules, eligible: Tensor, due: Tensor | None, fact
     grown = torch.where(free & grows & ~_surging(state), larger, own)
     own.copy_(torch.where(settles, taken_back, grown))
     settled.copy_(torch.where(settles, 1.0, settled))
-    least.copy_(torch.where(settles, _positive(variance), least))
+    least.copy_(torch.where(settles, _comparable(state), least))
     gated.copy_(torch.where(may, 1.0, gated))
 
 
@@ -230,13 +230,17 @@ def _keep_least(state: State, rules: Rules, present: Tensor) -> None:
     """After a step: the least variance of each layer. ``present``: bool [layers]."""
     least = state.column("least_variance")
     kept = present & (EARLY * state.column("steps") >= rules.min_steps)
-    variance = _positive(state.column("variance"))
-    least.copy_(torch.where(kept, torch.minimum(least, variance), least))
+    least.copy_(torch.where(kept, torch.minimum(least, _comparable(state)), least))
 
 
-def _positive(variance: Tensor) -> Tensor:
-    """Infinity in the place of 0, to which nothing can be compared."""
-    return torch.where(variance > 0, variance, math.inf)
+def _comparable(state: State) -> Tensor:
+    """The variances, and infinity where there is none to compare to: fp64 [layers].
+
+    A variance of 0 is none. Nor is that of a layer whose optimizer's updates are multiplied,
+    which a surge of the gradients does not enlarge.
+    """
+    variance = state.column("variance")
+    return torch.where((variance > 0) & (state.column("on_update") == 0), variance, math.inf)
 
 
 def _surging(state: State) -> Tensor:
@@ -304,9 +308,11 @@ def rescale(
     """What every gradient is multiplied by on top: fp64 [].
 
     Stores the norm before that, NaN if the step does not count. ``excluded``: sum of squares of
-    what belongs to no layer.
+    what belongs to no layer. Gradients of layers whose optimizer's updates are multiplied are not
+    amplified.
     """
     squares = sums.squares()
+    multipliers = torch.where(state.column("on_update") == 0, multipliers, 1.0)
     before = squares.sum() + excluded
     after = (multipliers.square() * squares).sum() + excluded
     norm = (before if rules.match_norm else after).sqrt()

@@ -47,7 +47,8 @@ LAYER_FIELDS = (
     "member_numel",  # elements of its members; 0: those of the first step that is measured
     "factor",  # what growth came to: a
     "settled",  # 0 or 1: it grows no more
-    "least_variance",  # V_min; infinite before there is one
+    "least_variance",  # V_min; infinite before there is one, and where updates are multiplied
+    "on_update",  # 1: an optimizer's update is multiplied, not the gradient
 )
 # A kernel is told a value by its place here.
 ENUMS: dict[str, tuple[str, ...]] = {
@@ -105,9 +106,11 @@ class State:
         return host
 
     def reset(self) -> None:
-        """Back to before the first step."""
+        """Back to before the first step; which optimizers there are stands."""
+        on_update = self.column("on_update").clone()
         for tensor in (self.values, self.sketch, self.parity):
             tensor.zero_()
+        self.column("on_update").copy_(on_update)
         self.members.clear()
         self.scalar("epoch").fill_(-1.0)
         self.scalar("threshold").fill_(float("nan"))
@@ -140,13 +143,24 @@ class State:
             )
         for layer in layers:
             row = self.layers[layer]
-            row.zero_()
+            row[: LAYER_FIELDS.index("on_update")].zero_()
             first = {**FIRST, "member_numel": self.members.numel(plan, layer)}
             for name, value in first.items():
                 row[LAYER_FIELDS.index(name)].fill_(value)
             for index in plan.slots_of[layer]:
                 slot = plan.slots[index]
                 self.sketch[:, slot.first_bucket :][:, : slot.buckets].zero_()
+
+    def tell_updates(self, layers: Sequence[bool]) -> None:
+        """Of which layers an optimizer's updates are multiplied, not the gradients.
+
+        A layer of which that changes has no least variance.
+        """
+        on_update = torch.tensor(layers, dtype=torch.float64, device=self.device)
+        changed = on_update != self.column("on_update")
+        least = self.column("least_variance")
+        least.copy_(torch.where(changed, FIRST["least_variance"], least))
+        self.column("on_update").copy_(on_update)
 
     def release(self) -> None:
         """Every layer may grow again, from where it is, after a new look at the whole model."""

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..call import Call
+from ..call import Call, Updated
 from ..model.plan import Plan
 from ..options import Rules
 from .decide import Standing, Sums, active_factor, commit, multipliers, rescale
 from .moments import constant, merge, moments_of, total
 from .sketch import bucket_sums
 from .state import State
+from .update import update
 
 
 def standing(state: State, rules: Rules, call: Call) -> Standing:
@@ -36,17 +37,19 @@ def step(
     rules: Rules,
     gradients: Sequence[Tensor | None],
     call: Call = Call(),  # noqa: B008  # it is immutable
+    updated: Sequence[Updated | None] | None = None,
 ) -> None:
     """Measure, update the state, decide, multiply.
 
-    ``gradients`` as ``measure`` takes them; they are multiplied in place.
+    ``gradients`` as ``measure`` takes them; they are multiplied in place, or ``updated``, of which
+    there is one for each gradient, is updated instead.
     """
     before = standing(state, rules, call)
     sums = measure(plan, state, rules, gradients, before.inverse)
     excluded = torch.zeros_like(before.inverse)
     if rules.needs_norm:
         excluded = excluded_squares(plan, gradients, before.inverse)
-    finish(plan, state, rules, gradients, call, before, sums, excluded)
+    finish(plan, state, rules, gradients, call, before, sums, excluded, updated)
 
 
 # ---- before the decision ---------------------------------------------------------------
@@ -144,6 +147,7 @@ def finish(
     before: Standing,
     sums: Sums,
     excluded: Tensor,
+    updated: Sequence[Updated | None] | None,
 ) -> None:
     """The rest of a step, once its sums are known.
 
@@ -151,11 +155,38 @@ def finish(
     """
     counted = commit(plan, state, rules, sums, touched(plan, gradients), before, call)
     own = multipliers(state, rules, before.factor) if rules.exact else before.multipliers
-    coefficient = before.inverse if call.unscale else torch.ones_like(before.inverse)
+    common = before.inverse
+    if updated is None and not call.unscale:
+        common = torch.ones_like(common)
     if rules.needs_norm:
-        coefficient = coefficient * rescale(state, rules, sums, own, excluded, counted)
-    multiply(plan, gradients, own, coefficient, counted)
+        common = common * rescale(state, rules, sums, own, excluded, counted)
+    if updated is None:
+        multiply(plan, gradients, own, common, counted)
+    else:
+        # Under lagged timing nothing waits for what this step measures.
+        valid = counted if rules.two_phases else ~before.skipped
+        update_all(plan, gradients, updated, own, common, valid)
     mark_found_inf(call.found_inf, counted)
+
+
+@torch.no_grad()
+def update_all(
+    plan: Plan,
+    gradients: Sequence[Tensor | None],
+    updated: Sequence[Updated | None],
+    of_layers: Tensor,
+    common: Tensor,
+    valid: Tensor,
+) -> None:
+    """What an optimizer does with every tensor that has a gradient, where ``valid`` is true.
+
+    ``of_layers`` multiply as the optimizer's rule says, ``common`` multiplies gradients.
+    """
+    for slot, gradient, of in zip(plan.slots, gradients, updated, strict=True):
+        if gradient is not None:
+            assert of is not None
+            own = of_layers[slot.layer] if slot.layer >= 0 else torch.ones_like(common)
+            update(of, gradient, own, common, valid)
 
 
 @torch.no_grad()

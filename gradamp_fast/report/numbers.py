@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..options import Measure, Select
 
@@ -20,7 +21,9 @@ class LayerReport:
         direction: running cosine between a step's gradient and the mean before it.
         score: the chosen measure's value now.
         selected: the decision taken last.
-        factor: what its gradients are multiplied by now; 1 outside all windows of the schedule.
+        factor: what it is multiplied by now; 1 outside all windows of the schedule.
+        acts_on: what that is: its gradients, or the updates of an optimizer of
+            ``gradamp_fast.optim`` that divides out a gradient's scale.
         settled: with ``grow=True``, whether it grows no more; else False.
         amplified_steps: counted steps on which they were.
         amplified_share: the same as a share of all counted steps; 0 before the first.
@@ -38,6 +41,7 @@ class LayerReport:
     score: float
     selected: bool
     factor: float
+    acts_on: Literal["gradient", "update"]
     settled: bool
     amplified_steps: int
     amplified_share: float

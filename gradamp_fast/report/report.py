@@ -50,7 +50,7 @@ class Report(Numbers):
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A state's numbers on the host, and what it takes to read them: 112 bytes a layer."""
+    """A state's numbers on the host, and what it takes to read them: 120 bytes a layer."""
 
     layers: tuple[str, ...]
     layer_numel: tuple[int, ...]
@@ -98,6 +98,7 @@ def make_report(snapshot: Snapshot) -> Report:
                 score=score[index],
                 selected=selected,
                 factor=multipliers[index],
+                acts_on="update" if row["on_update"] else "gradient",
                 settled=row["settled"] != 0,
                 amplified_steps=int(row["amplified_steps"]),
                 amplified_share=row["amplified_steps"] / (step - skipped)

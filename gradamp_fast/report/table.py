@@ -71,7 +71,15 @@ def caption(report: Numbers) -> str:
         settled = sum(layer.settled for layer in report.layers)
         decision += f"; {settled} of {len(report.layers)} settled"
     steps = f"{decision}; {report.steps:,} steps, {report.skipped_steps:,} skipped"
-    return "\n".join([steps, *thermometer(report)])
+    return "\n".join([f"{steps}; {acts_on(report)}", *thermometer(report)])
+
+
+def acts_on(report: Numbers) -> str:
+    """What the factors multiply."""
+    updates = sum(layer.acts_on == "update" for layer in report.layers)
+    if updates in (0, len(report.layers)):
+        return f"acts on: {'update' if updates else 'gradient'}"
+    return f"acts on: update of {updates} layers, gradient of {len(report.layers) - updates}"
 
 
 def thermometer(report: Numbers) -> list[str]:

@@ -18,7 +18,7 @@ FLOORS = (
     "model",
     "reference",
     "backends report",
-    "checkpoint bound_model",
+    "checkpoint bound_model optim",
     "ops",
     "attach",
     "amplifier",

@@ -155,7 +155,7 @@ def test_a_report_tells_what_has_grown(tmp_path: Path) -> None:
     assert "settled" in text[0]
     assert sum("x32" in line for line in text) == 2
     assert text[-2].endswith("2 of 2 layers selected: direction below 0; 0 of 2 settled; "
-                             "12 steps, 0 skipped")  # fmt: skip
+                             "12 steps, 0 skipped; acts on: gradient")  # fmt: skip
     assert text[-1] == (
         f"gradients agree (direction {report.direction:+.2f}): the learning rate is low"
     )
@@ -242,7 +242,7 @@ def of_schema_2(state: dict[str, Any]) -> dict[str, Any]:
     """The same without what came later."""
     fields, numbers = LAYER_FIELDS[:10], GLOBAL_FIELDS[:8]
     values = state["state"]
-    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(LAYER_FIELDS))[:, : len(fields)]
+    rows = values[len(GLOBAL_FIELDS) :].view(-1, len(state["fields"]))[:, : len(fields)]
     options = {n: v for n, v in state["options"].items() if n not in ("grow", "max_factor")}
     return {
         **{key: value for key, value in state.items() if key != "members"},
