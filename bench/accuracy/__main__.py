@@ -6,7 +6,9 @@ python -m bench.accuracy stage2           which layers, when, how strongly
 python -m bench.accuracy stage3           confirmation on fresh seeds and the test images
 python -m bench.accuracy more             other thresholds, and backward placement
 python -m bench.accuracy report           tables and figures of what is there; runs nothing
-python -m bench.accuracy grow --help      growing amplification, an experiment of its own
+python -m bench.accuracy grow --help      growing amplification on digits
+python -m bench.accuracy growth --help    growing amplification on CIFAR-10
+python -m bench.accuracy thermometer --help    the direction against the learning rate
 
 Every command goes on where an earlier one ended, on whichever machine.
 """
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy import figures, grow, models, report
+from bench.accuracy import figures, grow, growth, models, report, thermometer
 from bench.accuracy.data import NAMES, DataMissing
 from bench.accuracy.presets import RECIPES, experiment_for, name_of
 from bench.accuracy.stages import STAGES, NotReady
@@ -68,8 +70,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["grow"]:
-        return grow.main(argv[1:])
+    others = {"grow": grow.main, "growth": growth.main, "thermometer": thermometer.main}
+    if argv[:1] and argv[0] in others:
+        return others[argv[0]](argv[1:])
     given = arguments(argv)
     experiment = experiment_for(given)
     store = Store(given.out / f"{given.data}-{given.device.partition(':')[0]}.csv")
@@ -87,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with pool:
             work(
-                given.stage, experiment, store, place.run, pool,
+                given.stage, partial(STAGES[given.stage], experiment), store, place.run, pool,
                 given.workers, given.budget_s, say,
             )  # fmt: skip
     except (DataMissing, NotReady, ValueError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import torch
 
-NAMES = ("digits", "cifar10", "cifar100", "fake")
+NAMES = ("digits", "cifar10", "cifar10-16", "cifar100", "fake")
 
 
 class DataMissing(Exception):
@@ -127,13 +127,17 @@ def load(
 
     CIFAR comes from `root/<name>.npz` if there is one (x_train, y_train, x_test, y_test: uint8
     [N, 32, 32, 3] and integer labels, in any order), else from torchvision's files under `root`,
-    fetched when `download` is set. Raises `DataMissing` when it is not there, `ValueError` for
-    another name or an .npz of another make.
+    fetched when `download` is set. "cifar10-16" is CIFAR-10 averaged to 16 by 16. Raises
+    `DataMissing` when it is not there, `ValueError` for another name or an .npz of another make.
     """
     if name == "digits":
         arrays, padding, flip = _digits(), 1, False
     elif name == "fake":
         arrays, padding, flip = _fake(), 4, True
+    elif name == "cifar10-16":
+        x_train, y_train, x_test, y_test = _cifar("cifar10", Path(root), download)
+        arrays = (_halved(x_train), y_train, _halved(x_test), y_test)
+        padding, flip = 2, True
     elif name in NAMES:
         arrays, padding, flip = _cifar(name, Path(root), download), 4, True
     else:
@@ -184,6 +188,13 @@ def _fake() -> tuple[numpy.ndarray, ...]:
     images = patterns[labels] + random.normal(0, 40, (640, 32, 32, 3))
     images = images.clip(0, 255).astype(numpy.uint8)
     return images[:512], labels[:512], images[512:], labels[512:]
+
+
+def _halved(images: numpy.ndarray) -> numpy.ndarray:
+    """Every two by two pixels averaged, rounded to the nearest."""
+    n, height, width, channels = images.shape
+    blocks = images.reshape(n, height // 2, 2, width // 2, 2, channels)
+    return ((blocks.sum((2, 4), dtype=numpy.uint16) + 2) // 4).astype(numpy.uint8)
 
 
 def _cifar(name: str, root: Path, download: bool) -> tuple[numpy.ndarray, ...]:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.accuracy.data import Data, load
 from bench.accuracy.grow_nets import NETWORKS
-from bench.accuracy.lines import append_line, read_lines
+from bench.accuracy.lines import append_line, read_records
 from gradamp_fast import Amplifier
 
 WARM_UP = 0.1  # share of the steps
@@ -78,21 +78,11 @@ class Row(Run):
 
 
 NAMES = [f.name for f in fields(Row)]
-_READ: dict[str, Callable[[str], Any]] = {
-    "bool": lambda text: text == "True",
-    "float": float,
-    "int": int,
-    "str": str,
-}
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a file, none if there is no file; a last line without its end is not one."""
-    if not path.exists():
-        return []
-    lines = read_lines(path, NAMES)
-    kinds = {f.name: _READ[str(f.type)] for f in fields(Row)}
-    return [Row(**{name: kinds[name](cell) for name, cell in cells.items()}) for cells in lines]
+    return read_records(path, Row)
 
 
 def append(path: Path, row: Row) -> None:

@@ -5,10 +5,33 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 csv.field_size_limit(1 << 24)
+T = TypeVar("T")
+_READ: dict[str, Callable[[str], Any]] = {
+    "bool": lambda text: text == "True",
+    "float": float,
+    "int": int,
+    "str": str,
+}
+
+
+def read_records(path: Path, kind: type[T]) -> list[T]:
+    """Lines as objects of a dataclass of plain values, whose columns are its fields.
+
+    None if there is no file; a last line without its end is not one.
+    """
+    if not path.exists():
+        return []
+    kinds = {f.name: _READ[str(f.type)] for f in fields(kind)}  # type: ignore[arg-type]
+    return [
+        kind(**{name: kinds[name](cell) for name, cell in cells.items()})
+        for cells in read_lines(path, list(kinds))
+    ]
 
 
 def read_lines(path: Path, names: Sequence[str]) -> list[dict[str, str]]:

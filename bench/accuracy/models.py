@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.vgg import cfgs, make_layers
 
-NAMES = ("resnet18", "resnet34", "resnet50", "vgg19_bn", "cnn")
+NAMES = ("resnet10", "resnet18", "resnet34", "resnet50", "vgg19_bn", "cnn", "tanh")
 
 
 class SmallImageResNet(ResNet):
@@ -83,6 +83,15 @@ def small_cnn(classes: int, width: float) -> nn.Sequential:
     )
 
 
+def deep_tanh(classes: int, width: float) -> nn.Sequential:
+    """Ten linear layers, tanh between them; with torch's initialisation signals fade in it."""
+    hidden = scaled(64, width)
+    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(8), nn.Flatten()]
+    for inputs in (3 * 8 * 8, *[hidden] * 8):
+        layers += [nn.Linear(inputs, hidden), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(hidden, classes))
+
+
 def build(arch: str, classes: int, width: float = 1.0) -> nn.Module:
     """One of `NAMES`, freshly initialised from torch's global generator, on the CPU.
 
@@ -91,6 +100,8 @@ def build(arch: str, classes: int, width: float = 1.0) -> nn.Module:
     """
     if not width > 0:
         raise ValueError(f"width={width}: must be positive")
+    if arch == "resnet10":
+        return SmallImageResNet(BasicBlock, [1, 1, 1, 1], classes, width)
     if arch == "resnet18":
         return SmallImageResNet(BasicBlock, [2, 2, 2, 2], classes, width)
     if arch == "resnet34":
@@ -99,6 +110,8 @@ def build(arch: str, classes: int, width: float = 1.0) -> nn.Module:
         return SmallImageResNet(Bottleneck, [3, 4, 6, 3], classes, width)
     if arch == "vgg19_bn":
         return SmallImageVGG(classes, width)
+    if arch == "tanh":
+        return deep_tanh(classes, width)
     if arch == "cnn":
         return small_cnn(classes, width)
     raise ValueError(f"arch={arch!r}: must be one of {', '.join(NAMES)}")

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from gradamp_fast import Options, Report
 MEASURES = ("fluctuation", "direction", "variance")
 # Always part of a configuration; other options are when they are not the default.
 CHOSEN = ("measure", "threshold", "select", "factor", "decay", "min_steps", "refresh", "schedule")
+OURS = ("shuffle", "one_factor", "dose")  # options of `controls.make` alone
 NOT_CONFIG = ("backend", "error_if_nonfinite", "seed")
 
 
@@ -49,6 +51,8 @@ class Run:
         """All of it but the seed, as JSON."""
         recipe = asdict(self.recipe)
         del recipe["seed"]
+        if self.recipe.optimizer == "sgd":  # as it was before there were others
+            del recipe["optimizer"]
         config = {
             "data": self.data,
             "train": self.train,
@@ -71,11 +75,13 @@ def stored_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Seeds of controls are left out: they go with the run's.
     """
-    plain = {name: value for name, value in given.items() if name != "shuffle"}
+    plain = {name: value for name, value in given.items() if name not in OURS}
     stored = Options.make(plain).to_dict()
     usual = Options().to_dict()
-    shuffled = {"shuffle": True} if "shuffle" in given else {}
-    return shuffled | {
+    ours = {name: given[name] for name in OURS if name in given}
+    if "shuffle" in ours:
+        ours["shuffle"] = True
+    return ours | {
         name: value
         for name, value in stored.items()
         if name not in NOT_CONFIG and (name in CHOSEN or value != usual[name])
@@ -91,7 +97,7 @@ class Row:
         amplified: share of the elements that were amplified, averaged over the steps.
         weights: JSON, the norm of each parameter at the end (up to version 0.2.0 of each layer,
             with how far the last epoch moved it).
-        layer_scores: JSON as `scores_of` makes it, or empty.
+        layer_scores: JSON as `scores_of` makes it, of a growing run as `growth_of` does, or empty.
     """
 
     stage: str
@@ -153,7 +159,7 @@ def execute(run: Run, data: Data, about: Mapping[str, str]) -> Row:
         seconds=round(time.perf_counter() - start, 2),
         config=run.config,
         weights=compact(norms(model)),
-        layer_scores=compact(scores_of(result.history, model)) if run.scores else "",
+        layer_scores=told(run, result, model),
         **about,
     )
 
@@ -177,6 +183,29 @@ def amplified_share(result: Result) -> float:
     layers = result.history[-1].layers
     amplified = sum(layer.amplified_share * layer.numel for layer in layers)
     return amplified / sum(layer.numel for layer in layers)
+
+
+def told(run: Run, result: Result, model: nn.Module) -> str:
+    """What the reports say, as JSON, as far as it is kept."""
+    if run.scores:
+        return compact(scores_of(result.history, model))
+    if run.amplify is not None and run.amplify.get("grow"):
+        return compact(growth_of(result.history))
+    return ""
+
+
+def growth_of(history: Sequence[Report]) -> dict[str, list[float | None]]:
+    """By epoch: factor (geometric mean, weighted by elements), share that settled, direction."""
+    return {
+        "factor": [_or_null(_mean_factor(report)) for report in history],
+        "settled": [rounded(mean(layer.settled for layer in r.layers)) for r in history],
+        "direction": [_or_null(report.direction) for report in history],
+    }
+
+
+def _mean_factor(report: Report) -> float:
+    logs = sum(layer.numel * math.log(layer.factor) for layer in report.layers)
+    return math.exp(logs / sum(layer.numel for layer in report.layers))
 
 
 def scores_of(history: list[Report], model: nn.Module) -> dict[str, Any]:

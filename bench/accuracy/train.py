@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gradamp_fast
-from bench.accuracy import controls, models
+from bench.accuracy import controls, models, optimizers
 from bench.accuracy.data import NAMES, Data, DataMissing, load
 
 EVALUATION_BATCH = 1000
@@ -36,7 +36,8 @@ class Recipe:
 
     SGD with Nesterov momentum; the learning rate rises linearly to `lr` over `warmup` of all steps.
     It then falls linearly to 0, or (`fall="steps"`) to a tenth at half of all steps and at three
-    quarters. Weight decay is coupled and applies to every parameter.
+    quarters. Weight decay is coupled and applies to every parameter. Another `optimizer`, one of
+    `optimizers.PEERS`, has a momentum and a weight decay of its own.
     """
 
     arch: str = "resnet18"
@@ -48,6 +49,7 @@ class Recipe:
     fall: Fall = "linear"
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    optimizer: str = "sgd"
     seed: int = 0
     bf16: bool = False  # forward pass under bf16 autocast; parameters and gradients stay fp32
 
@@ -115,14 +117,7 @@ def train(
     torch.manual_seed(recipe.seed)
     model = models.build(recipe.arch, data.classes, recipe.width)
     model = model.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-        weight_decay=recipe.weight_decay,
-        fused=device.type == "cuda",
-    )
+    optimizer = make_optimizer(model, recipe, device)
     amplifier = None if amplify is None else controls.make(model, amplify)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     batch = min(recipe.batch, len(data.train_labels))
@@ -162,6 +157,19 @@ def train(
         seconds=time.perf_counter() - start,
         epochs=epochs,
         history=history,
+    )
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    if recipe.optimizer != "sgd":
+        return optimizers.peer(recipe.optimizer, model)
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.momentum > 0,
+        weight_decay=recipe.weight_decay,
+        fused=device.type == "cuda",
     )
 
 

@@ -15,8 +15,8 @@ import torch
 
 from bench.accuracy.data import Data, load
 from bench.accuracy.runs import Row, execute
-from bench.accuracy.stages import STAGES, Experiment, Job
-from bench.accuracy.store import Store
+from bench.accuracy.stages import Job
+from bench.accuracy.store import Rows, Store
 from bench.results import describe_machine
 
 
@@ -63,7 +63,7 @@ class Here(Executor):
 
 def work(
     stage: str,
-    experiment: Experiment,
+    wanted: Callable[[Rows], list[Job]],
     store: Store,
     run: Callable[[str, Job], Row],
     pool: Executor,
@@ -73,6 +73,7 @@ def work(
 ) -> int:
     """Runs what the stage wants and nobody has run, in order; returns how many runs are left.
 
+    `wanted` gives the stage's runs, from those that are finished.
     No run begins after `budget` seconds. Raises `NotReady` if an earlier stage is not finished.
     This process alone writes to `store`.
     """
@@ -80,7 +81,7 @@ def work(
     running: dict[Future[Row], Job] = {}
     while True:
         rows = store.rows()
-        jobs = STAGES[stage](experiment, rows)
+        jobs = wanted(rows)
         left = {job.run.key: job for job in jobs if job.run.key not in rows}
         begun = {job.run.key for job in running.values()}
         waiting = [job for key, job in left.items() if key not in begun]

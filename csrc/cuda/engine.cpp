@@ -13,6 +13,7 @@
 
 #include "launch.h"
 #include "memory.h"
+#include "updates.h"
 
 namespace gradamp::cuda {
 namespace {
@@ -65,8 +66,8 @@ class CudaEngine final : public Engine {
                 "gradamp_fast: nothing can be allocated while a CUDA graph is captured: call "
                 "amplifier.prepare() or make one step before the capture");
     free_what_graphs_left();
-    check(inspect(limits_), "loading the kernels");
-    split_into_launches(limits_.large_table ? kLargeTable : kSmallTable);
+    load(Kind::kMultiply);
+    split_into_launches(limits_[0].large_table ? kLargeTable : kSmallTable);
     memory_->state = std::move(state_tensors);
     fill(config, state, stream);
     check(cudaStreamSynchronize(stream), "uploading the tables");
@@ -92,10 +93,13 @@ class CudaEngine final : public Engine {
       follow(stream);
     }
     const bool norm = needs_norm(args_.config);
-    const bool unscale = in.unscale && in.grad_scale;
-    const bool two_phases = args_.config.exact || norm;
+    const bool unscale = in.unscale && in.grad_scale && !in.update;
+    const bool alone = in.update && tiling_.measured == 0 && !norm;
+    const bool two_phases = !alone && (args_.config.exact || norm);
     const bool measures_only = two_phases && in.sums;
-    const bool with_excluded = (norm || unscale) && !measures_only;
+    const bool with_excluded = (norm || unscale || in.update) && !measures_only;
+    kind_ = in.update && !measures_only ? prepare_update(in, capture, stream) : Kind::kMultiply;
+    update_.alone = alone;
     for (int64_t t = 0; t < tiling_.num_tensors(); ++t) {
       tagged_[t] = reinterpret_cast<uint64_t>(in.gradients[t]) |
                    static_cast<uint64_t>(in.dtypes[t]) << kDTypeShift;
@@ -111,11 +115,15 @@ class CudaEngine final : public Engine {
     args_.work.layers = in.sums ? in.sums : layer_sums_;
     if (stress_.poison) poison(stream);
     launched_ = 0;
-    cudaError_t error = launch_all(two_phases, with_excluded, stream);
+    const std::vector<Chunk>& chunks = with_excluded ? all_ : measured_;
+    const auto launch_all = [&] {
+      return alone ? launch_phase(kWrite, chunks, stream) : launch_step(two_phases, chunks, stream);
+    };
+    cudaError_t error = launch_all();
     if (is_refusal(error) && launched_ == 0 && all_.front().tensor_end > kSmallTable) {
       cudaGetLastError();  // large parameters were refused: the same in smaller portions
       split_into_launches(kSmallTable);
-      error = launch_all(two_phases, with_excluded, stream);
+      error = launch_all();
     }
     check(error, "the launch of a step");
     if (!capture.graph) leave(stream);
@@ -197,6 +205,7 @@ class CudaEngine final : public Engine {
     if (last_ != stream) {
       if (last_) wait_for_last(stream);
       memory_->used_on(stream.unwrap());
+      updates_.used_on(stream.unwrap());
       last_ = stream;
     }
     recorded_ = false;
@@ -228,18 +237,46 @@ class CudaEngine final : public Engine {
           "poisoning the workspace");
   }
 
-  cudaError_t launch_all(bool two_phases, bool with_excluded, cudaStream_t stream) {
-    const std::vector<Chunk>& chunks = with_excluded ? all_ : measured_;
+  DeviceLimits& limits() { return limits_[static_cast<int>(kind_)]; }
+
+  void load(Kind kind) {
+    DeviceLimits& limits = limits_[static_cast<int>(kind)];
+    if (limits.processors == 0) check(inspect(kind, limits), "loading the kernels");
+  }
+
+  // What a step needs that updates, and the kind of its kernels.
+  Kind prepare_update(const StepInputs& in, const Capture& capture, cudaStream_t stream) {
+    const UpdateInputs& update = *in.update;
+    const UpdateRule rule = update.groups[0].rule;
+    for (int32_t i = 1; i < update.num_groups; ++i)
+      TORCH_CHECK(update.groups[i].rule == rule, "gradamp_fast: one step is of one optimizer");
+    const Kind kind = rule == UpdateRule::kSgd ? Kind::kSgd : Kind::kAdam;
+    updates_.note(update, in.gradients, tiling_.num_tensors());
+    if (capture.graph) {
+      TORCH_CHECK(!updates_.stale() && limits_[static_cast<int>(kind)].processors != 0,
+                  "gradamp_fast: nothing can be uploaded while a CUDA graph is captured, and what "
+                  "the optimizer updates is not what it was on the last step: make one step before "
+                  "the capture");
+      check(updates_.keep_with(capture), "keeping memory for a graph");
+    } else {
+      load(kind);
+      check(updates_.upload(device_, stream), "uploading what is updated");
+    }
+    updates_.write(update_);
+    return kind;
+  }
+
+  cudaError_t launch_step(bool two_phases, const std::vector<Chunk>& chunks, cudaStream_t stream) {
     args_.write_in_first_phase = !two_phases;
     if (!two_phases || args_.measure_only) return launch_phase(kMeasure, chunks, stream);
-    if (chunks.size() == 1 && limits_.cooperative && stress_.cooperative) {
+    if (chunks.size() == 1 && limits().cooperative && stress_.cooperative) {
       const cudaError_t error = launch_chunk(kBoth, chunks, 0, stream);
       if (!is_refusal(error)) return error;
       cudaGetLastError();  // refused: the same in two launches
-      limits_.cooperative = false;
+      limits().cooperative = false;
     }
     const cudaError_t error = launch_phase(kMeasure, chunks, stream);
-    return error == cudaSuccess ? launch_phase(kMultiply, chunks, stream) : error;
+    return error == cudaSuccess ? launch_phase(kWrite, chunks, stream) : error;
   }
 
   cudaError_t launch_phase(Phases phase, const std::vector<Chunk>& chunks, cudaStream_t stream) {
@@ -257,25 +294,29 @@ class CudaEngine final : public Engine {
     args_.tile_end = chunk.tile_end;
     args_.first_launch = i == 0;
     args_.last_launch = i + 1 == chunks.size();
+    update_.tensors_of_launch = chunk.tensor_end - chunk.tensor_begin;
     const int tiles = chunk.tile_end - chunk.tile_begin;
-    const int fitting = limits_.blocks_per_processor * limits_.processors;
+    const int fitting = limits().blocks_per_processor * limits().processors;
     const int useful = std::max(tiles, 1);  // each on a processor of its own as far as they go
     const int blocks = std::min(stress_.blocks ? stress_.blocks : useful, fitting);
     const cudaError_t error =
-        launch(args_, tagged_.data() + chunk.tensor_begin, chunk.tensor_end - chunk.tensor_begin,
-               phases, blocks, limits_, stream);
+        launch(kind_, args_, update_, tagged_.data() + chunk.tensor_begin,
+               update_.tensors_of_launch, phases, blocks, limits(), stream);
     launched_ += error == cudaSuccess;
     return error;
   }
 
   Tiling tiling_;
   at::Device device_;
-  DeviceLimits limits_ = {};
+  DeviceLimits limits_[kKinds] = {};  // processors 0: kernels that no step has used
+  Kind kind_ = Kind::kMultiply;
   std::vector<Chunk> measured_, all_;  // launches of a step without and with excluded tensors
   std::shared_ptr<Memory> memory_;
   size_t work_begin_ = 0;  // of the arena's part that every step writes before it reads
   Sums* layer_sums_ = nullptr;
   StepArgs args_ = {};
+  Updates updates_;
+  UpdateArgs update_ = {};
   std::vector<uint64_t> tagged_;  // read by launches up to the end of their table
   int launched_ = 0;                 // launches of the step under way: none is repeated
   unsigned long long captured_ = 0;  // the capture whose graph keeps the memory already
@@ -300,7 +341,7 @@ std::optional<std::string> unavailable(at::Device device) {
   if (error == cudaSuccess) {
     const c10::cuda::CUDAGuard guard(device);
     DeviceLimits limits;
-    error = inspect(limits);
+    error = inspect(Kind::kMultiply, limits);
   }
   if (error == cudaSuccess) return std::nullopt;
   cudaGetLastError();

@@ -58,7 +58,27 @@ struct StepArgs {
   bool measure_only;           // work.layers is left to the caller: nothing is committed
 };
 
-enum Phases : int { kMeasure = 1, kMultiply = 2, kBoth = 3 };
+enum Phases : int { kMeasure = 1, kWrite = 2, kBoth = 3 };
+
+// Groups whose hyper-parameters travel in the kernel's parameters: with those of one or two, which
+// most optimizers have, a learning rate may change in every step and nothing is uploaded.
+constexpr int kFewGroups = 2;
+
+struct UpdateArgs {
+  const UpdateTensor* tensors;  // on the device, one for each tensor of the step
+  const Hyper* groups;          // on the device; null: they are in `few`
+  Hyper few[kFewGroups];
+  int32_t tensors_of_launch;
+  bool alone;                   // nothing is measured and all multipliers are 1
+};
+
+// What a step does with its gradients, beside measuring them.
+enum class Kind { kMultiply, kSgd, kAdam };
+constexpr int kKinds = 3;
+
+// The kernels that update, by the capacity of their table and whether they measure as well.
+const void* sgd_kernel(int capacity, bool measures);
+const void* adam_kernel(int capacity, bool measures);
 
 // An address and the dtype behind it in one word: device pointers leave the top bits clear.
 constexpr int kDTypeShift = 60;
@@ -71,12 +91,13 @@ struct DeviceLimits {
   bool large_table;
 };
 
-// Loads the kernels and reads what they can use of the current device.
-cudaError_t inspect(DeviceLimits& limits);
+// Loads the kernels of a kind and reads what they can use of the current device.
+cudaError_t inspect(Kind kind, DeviceLimits& limits);
 
 // `table` holds the tagged addresses of tensors [args.tensor_begin, ... + count) and may be
-// read up to the capacity of the table that `count` needs.
-cudaError_t launch(const StepArgs& args, const uint64_t* table, int count, Phases phases,
-                   int blocks, const DeviceLimits& limits, cudaStream_t stream);
+// read up to the capacity of the table that `count` needs. `update` is read where the kind updates.
+cudaError_t launch(Kind kind, const StepArgs& args, const UpdateArgs& update, const uint64_t* table,
+                   int count, Phases phases, int blocks, const DeviceLimits& limits,
+                   cudaStream_t stream);
 
 }  // namespace gradamp::cuda

@@ -34,7 +34,7 @@ cudaError_t Arena::allocate(at::Device device, cudaStream_t stream) {
   memory_ = at::empty({static_cast<int64_t>(size_)}, at::TensorOptions().dtype(at::kByte).device(device));
   const size_t copied = host_.size();
   cudaError_t error = cudaMemcpyAsync(at<char>(0), host_.data(), copied, cudaMemcpyHostToDevice, stream);
-  if (error == cudaSuccess)
+  if (error == cudaSuccess && copied < size_)
     error = cudaMemsetAsync(at<char>(copied), 0, size_ - copied, stream);
   return error;
 }

@@ -26,7 +26,7 @@ __device__ inline void probe_tile(const StepArgs& a, const AddressTable<kSmallTa
   Stream<kSmallTable> stream(a, table, static_cast<int>(blockIdx.x));
   stream.start();
   LaneSums sums;
-  measure_whole<E, false, kWrite>(stream, warp_memory().work, 0, sums);
+  measure_whole<E, false, kWrite, false>(stream, warp_memory().work, 0, sums);
   out[threadIdx.x] = sums;
 }
 

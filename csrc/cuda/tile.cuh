@@ -1,4 +1,5 @@
-// One warp on one tile of one gradient: statistics, sketch and multiplication in one read.
+// One warp on one tile of one gradient: statistics, sketch and multiplication in one read. Where
+// something else is done with a step's elements, steps are measured one at a time.
 //
 // A tile comes in steps of several rows of one 16-byte vector in every lane. Which step, row
 // and lane an element belongs to follows from its index alone, so sums do not depend on
@@ -10,9 +11,9 @@
 
 namespace gradamp::cuda {
 
-// Whole steps from element `begin` on, of which the first is there; returns where they end.
-// That of the last is still to be called done.
-template <class E, bool kOdd, bool kWrite, class Steps>
+// Whole steps from element `begin` on, of which the first is there, or with kOne that alone;
+// returns where they end. That of the last is still to be called done.
+template <class E, bool kOdd, bool kWrite, bool kOne, class Steps>
 __device__ __forceinline__ int measure_whole(Steps& stream, const Work& work, int begin,
                                              LaneSums& sums) {
   using Wide = typename E::Wide;
@@ -79,7 +80,7 @@ __device__ __forceinline__ int measure_whole(Steps& stream, const Work& work, in
       fold_parts(work.means, begin - 1, before[0], sums.sketch);
       fetch_before(begin);
     }
-    if (begin + kStep > count || !stream.comes_whole()) return begin;
+    if (kOne || begin + kStep > count || !stream.comes_whole()) return begin;
     stream.done_whole();
   }
 }
@@ -118,14 +119,14 @@ __device__ __forceinline__ void measure_rows(const Work& work, const Step& step,
   }
 }
 
-// One step from element `begin` on, or several whole ones; returns where they end. That of
-// the last is still to be called done.
-template <class E, class Steps>
+// One step from element `begin` on, or, if the kernel multiplies, several whole ones; returns where
+// they end. That of the last is still to be called done.
+template <class E, bool kMultiplies, class Steps>
 __device__ __forceinline__ int measure_steps(Steps& stream, const Work& work, int begin,
                                              LaneSums& sums) {
   const int left = work.tile->count - begin, log2 = work.tile->bucket_log2;
   const int offset = sizeof(typename E::Raw) == 2 ? stage_offset(work.data) : 0;
-  const bool write = work.multiplier != 1.0;
+  const bool write = kMultiplies && work.multiplier != 1.0;
   const Step step = stream.take();
   if (begin == 0) {
     const double shift = find_shift<E>(step, offset, left);
@@ -135,11 +136,11 @@ __device__ __forceinline__ int measure_steps(Steps& stream, const Work& work, in
   if (log2 != 0 && left >= kElementsPerStep<E>) {
     if constexpr (sizeof(typename E::Raw) == 2) {
       if (offset)
-        return write ? measure_whole<E, true, true>(stream, work, begin, sums)
-                     : measure_whole<E, true, false>(stream, work, begin, sums);
+        return write ? measure_whole<E, true, true, false>(stream, work, begin, sums)
+                     : measure_whole<E, true, false, !kMultiplies>(stream, work, begin, sums);
     }
-    return write ? measure_whole<E, false, true>(stream, work, begin, sums)
-                 : measure_whole<E, false, false>(stream, work, begin, sums);
+    return write ? measure_whole<E, false, true, false>(stream, work, begin, sums)
+                 : measure_whole<E, false, false, !kMultiplies>(stream, work, begin, sums);
   }
   const int now = left < kElementsPerStep<E> ? left : kElementsPerStep<E>;
   measure_rows<E>(work, step, begin, now, sums);

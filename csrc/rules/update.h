@@ -55,6 +55,15 @@ GRADAMP_HD double learning_rate(const Hyper& h) {
                           : static_cast<double>(*static_cast<const float*>(h.rate));
 }
 
+// Of a whole exponent, which is what counts of updates are: a few products, where pow() takes
+// hundreds of instructions on a GPU.
+GRADAMP_HD double power(double base, double exponent) {
+  double result = 1.0;
+  for (auto left = static_cast<uint64_t>(exponent); left != 0; left >>= 1, base *= base)
+    if (left & 1) result *= base;
+  return result;
+}
+
 // `multiplier`: the layer's; `inverse`: of the gradients' scale, 1 where they are not scaled;
 // `steps`: updates of the tensor before this one. SGD's first takes the gradient for momentum.
 template <class T>
@@ -72,8 +81,8 @@ GRADAMP_HD UpdateTerms<T> update_terms(const Hyper& h, double multiplier, double
     t.rate = static_cast<T>(lr);
     return t;
   }
-  const double corrected1 = 1.0 - pow(h.beta1, steps + 1.0);
-  const double corrected2 = sqrt(1.0 - pow(h.beta2, steps + 1.0));
+  const double corrected1 = 1.0 - power(h.beta1, steps + 1.0);
+  const double corrected2 = sqrt(1.0 - power(h.beta2, steps + 1.0));
   t.gradient = static_cast<T>(sign * inverse);
   t.coupled = static_cast<T>(h.decoupled ? 0.0 : h.weight_decay);
   t.faded = static_cast<T>(h.decoupled ? lr * h.weight_decay : 0.0);
@@ -105,39 +114,95 @@ GRADAMP_HD double rounded_product(double x, double y) {
 #endif
 }
 
+// Quotients and roots. A GPU's own division and sqrt() branch in every element and call what costs
+// registers; these are an estimate and Newton's steps, rounded as IEEE has it but for the last bit
+// of a few. Where a step gives NaN the estimate was infinite or zero, as the result is.
+#if defined(__CUDA_ARCH__)
+template <class T>
+__device__ inline T quotient_from(T x, T y, T inverse) {
+  const T near = x * inverse, result = fma(fma(-near, y, x), inverse, near);
+  return result == result ? result : near;
+}
+template <class T>
+__device__ inline T root_from(T x, T inverse, T least) {
+  const T near = x * inverse, root = fma(fma(-near, near, x), T(0.5) * inverse, near);
+  return (x >= T(0) && x < least) || x == T(INFINITY) ? x : root;
+}
+__device__ inline float quotient(float x, float y) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+  return quotient_from(x, y, inverse);
+}
+__device__ inline float square_root(float x) { return root_from(x, rsqrtf(x), 1e-45f); }
+
+// The estimates of 20 bits become as good as fp64 in two steps.
+__device__ inline double quotient(double x, double y) {
+  double inverse;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(inverse) : "d"(y));
+  const double estimate = inverse;
+  for (int i = 0; i < 2; ++i) inverse = fma(fma(-inverse, y, 1.0), inverse, inverse);
+  return quotient_from(x, y, inverse == inverse ? inverse : estimate);
+}
+__device__ inline double square_root(double x) {
+  double inverse;
+  asm("rsqrt.approx.ftz.f64 %0, %1;" : "=d"(inverse) : "d"(x));
+  for (int i = 0; i < 2; ++i)
+    inverse = fma(fma(-inverse * x, inverse, 1.0), 0.5 * inverse, inverse);
+  return root_from(x, inverse, 0x1p-1022);
+}
+#else
+template <class V>
+GRADAMP_HD V quotient(V x, V y) {
+  return x / y;
+}
+GRADAMP_HD float square_root(float x) { return sqrtf(x); }
+GRADAMP_HD double square_root(double x) { return sqrt(x); }
+#endif
+
 namespace {  // as GRADAMP_HD: not to be merged
 
 template <class V>
 struct Math {
   GRADAMP_HD_MEMBER static V product(V x, V y) { return rounded_product(x, y); }
-  GRADAMP_HD_MEMBER static V root(V x) { return sqrt(x); }
+  GRADAMP_HD_MEMBER static V root(V x) { return square_root(x); }
   GRADAMP_HD_MEMBER static V larger(V x, V y) { return x < y ? y : x; }
 };
 
 }  // namespace
 
+// a x + y. On a GPU rounded once and always the same way: left to itself the compiler chooses anew
+// wherever this is inlined, and the same update would differ from one kernel to another.
+template <class T, class V>
+GRADAMP_HD V multiply_add(T a, V x, V y) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, x, y);
+#else
+  return a * x + y;
+#endif
+}
+
 // p: the parameter's elements; g: the gradient's, as backward() left them.
 template <bool kMomentum, class V, class T>
 GRADAMP_HD void update_sgd(const UpdateTerms<T>& t, V& p, V g, V& momentum) {
   g = Math<V>::product(g, t.gradient);
-  g = g + t.coupled * p;
+  g = multiply_add(t.coupled, p, g);
   if (kMomentum) {
-    momentum = t.keep1 * momentum + t.add1 * g;
-    g = t.plain * g + t.ahead * momentum;
+    momentum = multiply_add(t.keep1, momentum, t.add1 * g);
+    g = multiply_add(t.plain, g, t.ahead * momentum);
   }
-  p = p - t.rate * g;
+  p = multiply_add(-t.rate, g, p);
 }
 
 template <bool kAmsgrad, class V, class T>
 GRADAMP_HD void update_adam(const UpdateTerms<T>& t, V& p, V g, V& first, V& second, V& largest) {
   g = Math<V>::product(g, t.gradient);
-  g = g + t.coupled * p;
-  first = t.keep1 * first + t.add1 * g;
-  second = t.keep2 * second + t.add2 * g * g;
+  g = multiply_add(t.coupled, p, g);
+  first = multiply_add(t.keep1, first, t.add1 * g);
+  second = multiply_add(t.add2 * g, g, t.keep2 * second);
   if (kAmsgrad) largest = Math<V>::larger(largest, second);
   const V root = Math<V>::root(kAmsgrad ? largest : second);
-  p = p - t.faded * p;
-  p = p - t.rate * first / (root + t.eps);
+  p = multiply_add(-t.faded, p, p);
+  p = p - quotient(t.rate * first, root + t.eps);
 }
 
 }  // namespace gradamp

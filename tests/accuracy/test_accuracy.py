@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,7 +89,8 @@ def work(stage: str, store: Store, data: Data | None, **more: Any) -> int:
         return execute(job.run, data, {**ABOUT, "stage": stage, "arm": job.arm})
 
     said: list[str] = []
-    left = run_stage(stage, TINY, store, run, Here(), **more, say=said.append)
+    wanted = partial(stages.STAGES[stage], TINY)
+    left = run_stage(stage, wanted, store, run, Here(), **more, say=said.append)
     assert said
     return left
 
@@ -417,8 +419,9 @@ def test_no_run_begins_after_the_budget(tmp_path: Path, monkeypatch: pytest.Monk
         return row_of(job.run)
 
     store, said = Store(tmp_path / "fake-cpu.csv"), []
+    wanted = partial(stages.stage0, TINY)
     for budget, left in ((0.0, 4), (9.0, 3), (11.0, 1), (100.0, 0)):
-        found = run_stage("stage0", TINY, store, run, Here(), budget=budget, say=said.append)
+        found = run_stage("stage0", wanted, store, run, Here(), budget=budget, say=said.append)
         assert found == left
     assert "stage0: 3 of 4 runs are left" in said
 
@@ -434,9 +437,9 @@ def test_several_at_once_and_each_once(tmp_path: Path) -> None:
         flying.release()
         return row_of(job.run)
 
-    store = Store(tmp_path / "fake-cpu.csv")
+    store, wanted = Store(tmp_path / "fake-cpu.csv"), partial(stages.stage1, TINY)
     with ThreadPoolExecutor(8) as pool:
-        assert run_stage("stage1", TINY, store, run, pool, workers=3, say=most.append) == 0
+        assert run_stage("stage1", wanted, store, run, pool, workers=3, say=most.append) == 0
     assert len(begun) == len(set(begun)) == len(read(store.path))
 
 

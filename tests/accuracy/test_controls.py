@@ -96,6 +96,46 @@ def test_a_resumed_run_draws_on(place: Place) -> None:
     assert selections(second, model, 2) == whole[4:]
 
 
+# ---- one factor, and equal doses ----------------------------------------------------
+
+
+def test_one_factor_is_one_layer(place: Place) -> None:
+    model = network().to(place.device)
+    amplifier = controls.make(model, {"backend": place.backend, "grow": True, "one_factor": True})
+    put(model, Stream(model).next())
+    amplifier.step()
+    (layer,) = amplifier.report().layers
+    assert layer.numel == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("select", ["below", "above"])
+def test_a_dose_is_of_elements_by_score(place: Place, select: str) -> None:
+    """Linear layers have 12 elements and norms 6: 192 in all, of which 80, or 84 with the slack."""
+    model = network().to(place.device)
+    options = {"backend": place.backend, "measure": "direction", "select": select, **QUICK}
+    amplifier, stream = controls.make(model, options | {"dose": 80 / 192}), Stream(model)
+    for _ in range(4):
+        put(model, stream.next())
+        amplifier.step()
+    layers = amplifier.report().layers
+    sign = -1 if select == "below" else 1  # the steadiest have the highest direction
+    wanted, left = set(), 84
+    for layer in sorted(layers, key=lambda layer: sign * layer.direction):
+        if layer.numel <= left:
+            wanted.add(layer.name)
+            left -= layer.numel
+    assert {layer.name for layer in layers if layer.selected} == wanted
+    assert sum(layer.numel for layer in layers if layer.selected) == 84
+
+
+def test_a_dose_waits_until_layers_may_be_selected(place: Place) -> None:
+    model = network().to(place.device)
+    options = {"backend": place.backend, "dose": 0.5, "min_steps": 5, "refresh": 2}
+    seen = selections(controls.make(model, options), model, 6)
+    assert not any(any(chosen) for chosen in seen[:2])
+    assert any(seen[-1])
+
+
 # ---- shuffled -----------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ SMALL = (
     (r"constexpr int kSmallTable = \d+;", "constexpr int kSmallTable = 3;"),
     (r"constexpr int kMinGroupTiles = \d+;", "constexpr int kMinGroupTiles = 4;"),
 )
-SOURCES = ("tiles.cpp", "cuda/engine.cpp", "cuda/memory.cpp", "cuda/tables.cpp")
+SOURCES = ("tiles.cpp", "cuda/engine.cpp", "cuda/memory.cpp", "cuda/tables.cpp", "cuda/updates.cpp")
 
 
 def replace_once(folder: Path, rules: Sequence[tuple[str, str]]) -> None:

@@ -6,6 +6,8 @@
 #include "blocks.h"
 #include "runtime.h"
 #include "step.cu"
+#include "sgd.cu"
+#include "adam.cu"
 // The engine, in the same unit: it is no library here.
 #include "engine.h"
 
@@ -19,17 +21,49 @@ uint32_t seed = 0;
 thread_local void** arguments;
 
 template <int kCapacity>
-void call() {
+void call_step() {
   step_kernel<kCapacity>(*static_cast<StepArgs*>(arguments[0]),
                          *static_cast<AddressTable<kCapacity>*>(arguments[1]),
                          *static_cast<int*>(arguments[2]));
 }
+template <UpdateRule kRule, int kCapacity, bool kMeasures>
+void call_update() {
+  constexpr auto kernel = kMeasures ? update_kernel<kRule, kCapacity> : apply_kernel<kRule, kCapacity>;
+  kernel(*static_cast<StepArgs*>(arguments[0]),
+         *static_cast<AddressTable<kCapacity>*>(arguments[1]), *static_cast<int*>(arguments[2]),
+         *static_cast<UpdateArgs*>(arguments[3]));
+}
+
+struct Known {
+  const void* kernel;
+  const char* name;
+  void (*call)();
+};
+template <int kCapacity>
+std::vector<Known> kernels() {
+  constexpr UpdateRule kSgd = UpdateRule::kSgd, kAdam = UpdateRule::kAdam;
+  return {{kernel_for(Kind::kMultiply, kCapacity, true), "", call_step<kCapacity>},
+          {kernel_for(Kind::kSgd, kCapacity, true), "sgd ", call_update<kSgd, kCapacity, true>},
+          {kernel_for(Kind::kSgd, kCapacity, false), "sgd alone ", call_update<kSgd, kCapacity, false>},
+          {kernel_for(Kind::kAdam, kCapacity, true), "adam ", call_update<kAdam, kCapacity, true>},
+          {kernel_for(Kind::kAdam, kCapacity, false), "adam alone ",
+           call_update<kAdam, kCapacity, false>}};
+}
+// Null: the table does not have it.
+const Known* find(const std::vector<Known>& kernels, const void* kernel) {
+  for (const Known& known : kernels)
+    if (known.kernel == kernel) return &known;
+  return nullptr;
+}
 
 cudaError_t run(const char* how, const void* kernel, int blocks, void** parameters,
                 cudaStream_t stream) {
-  const bool small = kernel == kernel_for(kSmallTable);
+  static const std::vector<Known> of_small = kernels<kSmallTable>();
+  static const std::vector<Known> of_large = kernels<kLargeTable>();
+  const Known* const small = find(of_small, kernel);
+  const Known& known = small ? *small : *find(of_large, kernel);
   const auto& a = *static_cast<const StepArgs*>(parameters[0]);
-  standin::log(standin::text(how, " on ", standin::number(stream), ": ", small ? "small" : "large",
+  standin::log(standin::text(how, " on ", standin::number(stream), ": ", known.name, small ? "small" : "large",
                              " table, phases ", *static_cast<int*>(parameters[2]), ", ", blocks,
                              " blocks, tensors from ", a.tensor_begin, ", tiles ", a.tile_begin,
                              " to ", a.tile_end));
@@ -49,7 +83,7 @@ cudaError_t run(const char* how, const void* kernel, int blocks, void** paramete
     blockIdx.x = order[worker];
     gridDim.x = blocks;
     auto& block = emulator::Block::of_this_thread();
-    if (!block.run(small ? &call<kSmallTable> : &call<kLargeTable>, seed * 1000 + worker))
+    if (!block.run(known.call, seed * 1000 + worker))
       all_ended = false;
   });
   return all_ended ? cudaSuccess : cudaErrorLaunchFailure;
@@ -134,14 +168,15 @@ const char* emulated_problem() { return problem.c_str(); }
 
 int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
                   const float* grad_scale, float* found_inf, int unscale, int begins_round,
-                  int decides, Sums* sums, uint8_t* written, int blocks, int cooperative,
-                  uint32_t random) {
+                  int decides, Sums* sums, const UpdateTensor* updated, const Hyper* groups,
+                  int num_groups, uint8_t* written, int blocks, int cooperative, uint32_t random) {
   Engine& e = *static_cast<Engine*>(engine);
+  const UpdateInputs update = {updated, groups, num_groups};
   seed = random;
   return succeeds([&] {
     e.stress({blocks, random, cooperative != 0, true});
     e.step({gradients, reinterpret_cast<const DType*>(dtypes), grad_scale, found_inf, unscale != 0,
-            {begins_round != 0, decides != 0}, written, sums});
+            {begins_round != 0, decides != 0}, written, sums, updated ? &update : nullptr});
   });
 }
 

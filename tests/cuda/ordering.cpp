@@ -64,7 +64,7 @@ uint64_t run(const Kind& kind, int blocks, uint32_t seed) {
       for (float& x : gradients[t]) x = static_cast<float>(random()) * 0x1p-32f - 0.4f;
       addresses[t] = gradients[t].data();
     }
-    if (!emulated_step(engine, addresses, dtypes, nullptr, nullptr, 1, 1, 1, nullptr, written, blocks,
+    if (!emulated_step(engine, addresses, dtypes, nullptr, nullptr, 1, 1, 1, nullptr, nullptr, nullptr, 0, written, blocks,
                        1, seed + step)) {
       std::printf("%s: %s\n", kind.name, emulated_problem());
       std::exit(1);

@@ -26,7 +26,9 @@ std::string lines;
 
 // What it answers.
 std::map<std::string, int> answers = {{"driver", 13000}, {"processors", 2}, {"cooperative", 1},
-                                      {"blocks", 3},     {"run", 1}};  // 0: launches are logged, and no more
+                                      {"shared", 227 << 10},
+                                      {"blocks", 3},     {"declared", 128},
+                                      {"run", 1}};  // 0: launches are logged, and no more
 std::map<std::string, std::deque<int>> errors;  // of the next calls by that name; 0: none
 long capturing_stream = -1;
 unsigned long long captures = 0;
@@ -56,13 +58,15 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, standin::outcome("count"); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-  const int values[] = {standin::answers["processors"], standin::answers["cooperative"], 227 << 10};
+  const int values[] = {standin::answers["processors"], standin::answers["cooperative"],
+                        standin::answers["shared"]};
   return *value = values[name], cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
   return *version = standin::answers["driver"], cudaSuccess;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = standin::answers["declared"];
   return standin::outcome("load");
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
@@ -73,7 +77,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   return *blocks = standin::answers["blocks"], cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
-                            cudaStream_t) {
+                            cudaStream_t stream) {
+  standin::log(standin::text("copy ", bytes, " bytes on ", standin::number(stream)));
   std::memcpy(to, from, bytes);
   return standin::outcome("copy");
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,12 +40,16 @@ def version(module: Any) -> tuple[int, ...]:
 
 @outside
 @pytest.mark.slow
-def test_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["test_triton.py", "test_triton_update.py"])
+def test_in_the_interpreter(name: str) -> None:
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     if version(triton) < (3, 8) and version(numpy) >= (2, 4):
         pytest.skip("the interpreter of this triton needs numpy < 2.4")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            str(Path(__file__).with_name(name)),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -299,6 +304,7 @@ def test_decisions_are_those_of_the_definition(rule: dict[str, Any], layers: int
         rows[:, columns.AGREEMENT.value] -= 0.25
         rows[:, columns.SETTLED.value] = torch.rand(layers, generator=generator).lt(0.3).double()
         rows[:, columns.LEAST_VARIANCE.value] /= 4
+        rows[:, columns.ON_UPDATE.value] = torch.rand(layers, generator=generator).lt(0.3).double()
         for state in (expected, actual):
             state.scalar("gated").fill_(eligible > 0.5)
             state.layers.copy_(rows)

@@ -1,7 +1,8 @@
 """Triton: the step in one kernel launch, compiled on first use.
 
-A step goes through ``addresses`` (reads the gradients), ``launch`` and ``tables`` (what the kernel
-looks up), to the kernel: ``step``, with ``tile`` for elements and sums and ``decide`` for layers.
+A step goes through ``addresses`` (reads the gradients) and ``updates`` (what an optimizer updates
+by them), ``launch`` and ``tables`` (what the kernel looks up), to the kernel: ``step``, with
+``tile`` for sums, ``decide`` for layers and ``update`` for what an optimizer does.
 Importing this file does not import triton.
 """
 
@@ -32,6 +33,7 @@ class TritonBackend(Backend):
     def __init__(self, plan: Plan, state: State, rules: Rules) -> None:
         from .addresses import GradientAddresses
         from .launch import Launcher
+        from .updates import UpdateRows
 
         self.plan, self.state, self.device = plan, state, state.device
         on_gpu = self.device.type == "cuda"
@@ -42,19 +44,27 @@ class TritonBackend(Backend):
             )
         with torch.cuda.device(self.device if on_gpu else -1):
             self.addresses = GradientAddresses(plan, state, rules.needs_norm)
+            self.rows = UpdateRows(plan)
             self.launcher = Launcher(plan, state, rules)
-            self.launcher.load(self.addresses.dtypes)
+            if plan.layers:  # else it is an optimizer's, whose rule the first step tells
+                self.launcher.load(self.addresses.dtypes, 0)
 
     def step(self, call: Call) -> Outcome:
         outcome = self.addresses.read(call)
         if outcome is not Outcome.DONE:
             return outcome
+        words, rule = self.addresses.words, 0
+        if call.update is not None:
+            self.rows.read(call, self.addresses)
+            words, rule = self.rows.words, self.rows.rule
         self.state.heed_members(self.plan)
         if self.launcher.on_gpu and torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                self.launcher(self.addresses.dtypes, self.addresses.words, call)
+                self.launcher(self.addresses.dtypes, words, call, rule)
         else:
-            self.launcher(self.addresses.dtypes, self.addresses.words, call)
+            self.launcher(self.addresses.dtypes, words, call, rule)
+        if call.update is not None:
+            self.rows.written()
         self.addresses.written(call)
         return Outcome.DONE
 

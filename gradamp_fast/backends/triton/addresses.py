@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...call import Call, Outcome
+from ...call import Call, Outcome, Updated
 from ...model.gradients import DTYPES, GradientReader
 from ...model.plan import Plan
 from ...reference.state import State
@@ -16,7 +16,7 @@ from .columns import DTYPE_SHIFT
 
 # The kernel's codes for dtypes are their places in DTYPES.
 DTYPE_BITS = {dtype: 1 << code for code, dtype in enumerate(DTYPES)}
-_TAGS = {dtype: code << DTYPE_SHIFT.value for code, dtype in enumerate(DTYPES)}
+TAGS = {dtype: code << DTYPE_SHIFT.value for code, dtype in enumerate(DTYPES)}
 
 
 class _Known(NamedTuple):
@@ -33,12 +33,16 @@ class GradientAddresses:
 
     The reader looks at every gradient closely. One that is as it was then, but for its address,
     is not looked at again: that takes far longer than the launch.
+
+    Attributes:
+        fresh: whether the reader looked at those that were read last.
     """
 
     def __init__(self, plan: Plan, state: State, needs_norm: bool) -> None:
         self.plan, self.members, device = plan, state.members, state.device
         self.reader = GradientReader(plan, device, state.members, needs_norm)
         self.device = device
+        self.fresh = False
         self.words: list[int] = []
         self._gradients: list[Tensor] = []  # that were read last, until they are written
         self.dtypes = 0  # a bit for each that was ever there
@@ -48,6 +52,8 @@ class GradientAddresses:
         self._only: bytes | None = None
         self._known: list[_Known | None] | None = None  # of each parameter; None: no gradient
         self._restored = 0
+        # Where there is no layer the step is an optimizer's alone: the reader says what then.
+        self._frozen_too = not plan.layers
         self.expect(self._parameters)
 
     def expect(self, tensors: list[Parameter] | list[Tensor]) -> None:
@@ -56,8 +62,9 @@ class GradientAddresses:
             self.dtypes |= DTYPE_BITS.get(dtype.to_real() if dtype.is_complex else dtype, 0)
 
     def read(self, call: Call) -> Outcome:
-        """Fills ``words`` and ``gradients``; raises what the reader raises."""
-        if self._as_before(call.only):
+        """Fills ``words``; raises what the reader raises."""
+        self.fresh = not self._as_before(call)
+        if not self.fresh:
             self.members.again(self.plan)
             return Outcome.DONE
         self._known = None
@@ -65,17 +72,34 @@ class GradientAddresses:
         if isinstance(flat, Outcome):
             return flat
         self.words = [
-            0 if g is None or g.numel() == 0 else g.data_ptr() | _TAGS[g.dtype] for g in flat
+            0 if g is None or g.numel() == 0 else g.data_ptr() | TAGS[g.dtype] for g in flat
         ]
         self._gradients = [g for g in flat if g is not None]
         self.expect(self._gradients)
         self._learn(call.only, flat)
         return Outcome.DONE
 
+    def updated(self, call: Call) -> list[Updated | None]:
+        """What the call's optimizer updates by the gradients that were read last."""
+        assert call.update is not None
+        known = self._known
+        if self.fresh or known is None:
+            return self.reader.updated(call) or []
+        gradients = [
+            None if of is None else parameter.grad
+            for parameter, of in zip(self._parameters, known, strict=True)
+        ]
+        names = [slot.name for slot in self.plan.slots]
+        return call.update.tensors(names, self._parameters, gradients)
+
     def written(self, call: Call) -> None:
-        """Tells torch that the kernel wrote to what was read, and lets go of it."""
-        written, self._gradients = self._gradients, []
+        """Tells torch that the kernel wrote to what was read, and lets go of it.
+
+        An update only reads gradients.
+        """
+        read, self._gradients = self._gradients, []
         # Which ones were written is known on the device only.
+        written = read if call.update is None else []
         torch.autograd.graph.increment_version(
             written if call.found_inf is None else [*written, call.found_inf]
         )
@@ -90,14 +114,15 @@ class GradientAddresses:
             if view is None or gradient is None:
                 known.append(None)
             elif view.data_ptr() == gradient.data_ptr():
-                tag = _TAGS[view.dtype]
+                tag = TAGS[view.dtype]
                 known.append(_Known(gradient.dtype, gradient.shape, gradient.stride(), tag))
             else:  # a copy: it is the reader that writes it back
                 return
         self._only, self._known = only, known
         self._restored = self.members.restored
 
-    def _as_before(self, only: bytes | None) -> bool:
+    def _as_before(self, call: Call) -> bool:
+        only = call.only
         if self._known is None or only != self._only or self._restored != self.members.restored:
             return False
         if any(parameter.requires_grad for parameter in self._watched):
@@ -112,7 +137,7 @@ class GradientAddresses:
                 words.append(0)
             elif (
                 gradient is None
-                or not parameter.requires_grad
+                or not (parameter.requires_grad or self._frozen_too)
                 or type(gradient) is not Tensor
                 or gradient.dtype is not known.dtype
                 or gradient.shape != known.shape
@@ -127,7 +152,7 @@ class GradientAddresses:
             else:
                 gradients.append(gradient)
                 words.append(0 if self._empty[index] else gradient.data_ptr() | known.tag)
-        if words != self.words:
+        if words != self.words and call.update is None:
             self.reader.refuse_shared_memory([parameter.grad for parameter in self._parameters])
         self.words, self._gradients = words, gradients
         return True

@@ -6,6 +6,7 @@ that no kernel names a place by a number of its own.
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 
 from ...model.gradients import DTYPES
@@ -30,7 +31,9 @@ STEPS, WEIGHT_SUM, VARIANCE, POWER, MEAN_POWER, NOISE = _places(
 AGREEMENT, SELECTED, AMPLIFIED_STEPS, CHANGED_AT, MEMBER_NUMEL = _places(
     LAYER_FIELDS, "agreement selected amplified_steps changed_at member_numel"
 )
-LAYER_FACTOR, SETTLED, LEAST_VARIANCE = _places(LAYER_FIELDS, "factor settled least_variance")
+LAYER_FACTOR, SETTLED, LEAST_VARIANCE, ON_UPDATE = _places(
+    LAYER_FIELDS, "factor settled least_variance on_update"
+)
 
 # ---- options as numbers -----------------------------------------------------------------
 
@@ -75,13 +78,36 @@ TENSOR_FIELDS = tl.constexpr(8)  # five and padding
 NUMEL, FIRST_TILE, FIRST_BUCKET, LAYER, BUCKET_LOG2 = (tl.constexpr(i) for i in range(5))
 TILING_FIELDS = tl.constexpr(4)  # of each layer
 TILES_FROM, TILES, GROUPS_FROM, GROUPS = (tl.constexpr(i) for i in range(4))
-# Programs that are done, steps that are, whether a layer is not finite; then for each layer its
+# Programs that are done, steps that are, whether a layer is not finite, each on a line of the cache
+# of its own, for programs wait on one while others write to the rest; then for each layer its
 # groups that are done, and for each group its tiles.
-PROGRAMS, GENERATION, NONFINITE, LAYER_TICKETS = (tl.constexpr(i) for i in range(4))
+PROGRAMS, GENERATION, NONFINITE, LAYER_TICKETS = (tl.constexpr(i * 32) for i in range(4))
 
 # An address and the code of the dtype behind it share a word.
 DTYPE_SHIFT, ADDRESS_BITS = tl.constexpr(60), tl.constexpr((1 << 60) - 1)
 DTYPE_COUNT = tl.constexpr(len(DTYPES))
+FLOAT64 = tl.constexpr(DTYPES.index(torch.float64))
+
+# ---- updates ----------------------------------------------------------------------------
+
+# Rules; 0: gradients are multiplied instead. With AMSGRAD some group of Adam's has a third state.
+SGD, ADAM, AMSGRAD = (tl.constexpr(rule) for rule in (1, 2, 3))
+# With updates the table of addresses has so many words for each tensor: its gradient's, as else;
+# then addresses, 0 where there is none; and in the last the place of its group's hyper-parameters
+# in the table, behind all tensors.
+UPDATE_WORDS = tl.constexpr(8)
+(PARAMETER, FIRST_STATE, SECOND_STATE, THIRD_STATE, COUNT, HYPER) = (
+    tl.constexpr(i) for i in range(1, 7)
+)
+# Words of a group. "rate": address and dtype of its learning rate, 0 if "lr" holds it. "sign": the
+# bit of an fp64 number that turns a gradient where the objective is maximized. Numbers are fp64.
+HYPER_FIELDS = (
+    *("rate", "lr", "weight_decay", "beta1", "beta2", "eps", "sign", "nesterov", "decoupled"),
+)
+RATE, LR, WEIGHT_DECAY, BETA1, BETA2, EPS = _places(
+    HYPER_FIELDS, "rate lr weight_decay beta1 beta2 eps"
+)
+SIGN, NESTEROV, DECOUPLED = _places(HYPER_FIELDS, "sign nesterov decoupled")
 
 # ---- the sketch -------------------------------------------------------------------------
 

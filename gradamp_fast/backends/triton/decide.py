@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ... import reference
 from .columns import (
     AGREEMENT,
     ALWAYS,
@@ -22,7 +21,6 @@ from .columns import (
     CONFIG_DECAY,
     CONFIG_EXACT,
     CONFIG_MATCH_NORM,
-    CONFIG_MAX_FACTOR,
     CONFIG_MAX_NORM,
     CONFIG_MEASURE,
     CONFIG_MIN_STEPS,
@@ -39,7 +37,6 @@ from .columns import (
     FACTOR,
     FIELDS,
     FLUCTUATION,
-    GATED,
     GLOBALS,
     LAYER_FACTOR,
     LEAST_VARIANCE,
@@ -47,6 +44,7 @@ from .columns import (
     MEMBER_NUMEL,
     NOISE,
     NUMBER,
+    ON_UPDATE,
     POWER,
     QUANTILE,
     RISING,
@@ -61,7 +59,6 @@ from .columns import (
     ROW_MULTIPLIER,
     ROW_POWER,
     SELECTED,
-    SETTLED,
     SKIPPED_STEPS,
     STD,
     STEP,
@@ -72,12 +69,10 @@ from .columns import (
     VARIANCE_OF_ELEMENTS,
     WEIGHT_SUM,
 )
+from .grow import grow, grown, keep_least
 from .tile import WIDTH, murmur_finaliser
 
 MAX_NUMBER = tl.constexpr(1.7976931348623157e308)
-LOW, SURGE, EARLY = (
-    tl.constexpr(number) for number in (reference.LOW, reference.SURGE, reference.EARLY)
-)
 
 
 @triton.jit
@@ -137,13 +132,6 @@ def active_factor(values, config, begins_round):
 
 
 @triton.jit
-def _grown(own, variance, least):
-    """What growth came to, less what a surge takes back."""
-    braked = tl.maximum(own * tl.sqrt(least * SURGE / variance), 1.0)
-    return tl.where(variance > least * SURGE, braked, own)
-
-
-@triton.jit
 def amplification(values, layer, inside, factor, GROWS: tl.constexpr):
     """What a layer's gradients are multiplied by as its state stands; 1 unless ``inside``."""
     state = values + GLOBALS + layer * FIELDS
@@ -151,7 +139,7 @@ def amplification(values, layer, inside, factor, GROWS: tl.constexpr):
         own = tl.load(state + LAYER_FACTOR, mask=inside, other=1.0)
         variance = tl.load(state + VARIANCE, mask=inside, other=1.0)
         least = tl.load(state + LEAST_VARIANCE, mask=inside, other=1.0)
-        multiplier = tl.where(factor != 1, _grown(own, variance, least), 1.0)
+        multiplier = tl.where(factor != 1, grown(own, variance, least), 1.0)
     else:
         selected = tl.load(state + SELECTED, mask=inside, other=0.0)
         multiplier = tl.where(selected != 0, factor, 1.0)
@@ -272,54 +260,6 @@ def _threshold(config, scores, layers):
 
 
 @triton.jit
-def _is_low(values, scores, layers):
-    """Whether the mean direction of the eligible layers, by elements, says so."""
-    elements = tl.zeros([WIDTH], tl.float64)
-    direction = tl.zeros([WIDTH], tl.float64)
-    for begin in range(0, layers, WIDTH):
-        index = begin + tl.arange(0, WIDTH)
-        score = _scores_at(scores, begin, layers)
-        eligible = score == score
-        state = values + GLOBALS + index * FIELDS
-        numel = tl.load(state + MEMBER_NUMEL, mask=eligible, other=0.0)
-        elements += numel
-        direction += numel * tl.load(state + AGREEMENT, mask=eligible, other=0.0)
-    total = tl.sum(elements, axis=0)
-    return tl.sum(direction, axis=0) / tl.where(total > 0, total, 1.0) > LOW
-
-
-@triton.jit
-def _grow(values, config, scores, layers, factor):
-    """Layers grow by ``factor``, or settle for good. Scores that are not NaN are eligible."""
-    first = tl.load(values + GATED) == 0
-    low = _is_low(values, scores, layers) | (first == 0)
-    # What grew last was too much; before the first decision nothing has grown.
-    taken_back = tl.where(first, 1.0, factor)
-    most = tl.load(config + CONFIG_MAX_FACTOR)
-    any_eligible = tl.full([], 0, tl.int32)
-    for begin in range(0, layers, WIDTH):
-        index = begin + tl.arange(0, WIDTH)
-        score = _scores_at(scores, begin, layers)
-        eligible = score == score
-        any_eligible += tl.sum(eligible.to(tl.int32), axis=0)
-        state = values + GLOBALS + index * FIELDS
-        free = eligible & (tl.load(state + SETTLED, mask=eligible, other=1.0) == 0)
-        own = tl.load(state + LAYER_FACTOR, mask=free, other=1.0)
-        variance = tl.load(state + VARIANCE, mask=free, other=1.0)
-        least = tl.load(state + LEAST_VARIANCE, mask=free, other=1.0)
-        selected = tl.load(state + SELECTED, mask=free, other=0.0)
-        settles = free & (tl.where(low, selected, 0.0) == 0)
-        left = tl.maximum(_grown(own, variance, least) / taken_back, 1.0)
-        larger = tl.where(variance > least * SURGE, own, tl.minimum(own * factor, most))
-        tl.store(state + LAYER_FACTOR, tl.where(settles, left, larger), mask=free)
-        tl.store(state + SETTLED, 1.0, mask=settles)
-        kept = tl.where(variance > 0, variance, float("inf"))
-        tl.store(state + LEAST_VARIANCE, kept, mask=settles)
-    if any_eligible > 0:
-        tl.store(values + GATED, 1.0)
-
-
-@triton.jit
 def decide(values, config, scores, layers, decision, step, factor, GROWS: tl.constexpr):
     """Chooses anew, in ``step``, which layers are amplified; ``decision`` numbers the draws.
 
@@ -342,7 +282,7 @@ def decide(values, config, scores, layers, decision, step, factor, GROWS: tl.con
     if GROWS:
         if (factor != 1) & (tl.load(values + RISING) == 0):
             tl.debug_barrier()
-            _grow(values, config, scores, layers, factor)
+            grow(values, config, scores, layers, factor)
 
 
 # ---- commit -----------------------------------------------------------------------------
@@ -387,10 +327,8 @@ def _update_layers(values, config, layer_rows, layers, GROWS: tl.constexpr):
         variance = tl.load(state + VARIANCE, mask=here, other=0.0)
         variance += weight * (v - variance)
         tl.store(state + VARIANCE, variance, mask=here)
-        least = tl.load(state + LEAST_VARIANCE, mask=here, other=0.0)
         if GROWS:
-            less = here & ((k + 1.0) * EARLY >= min_steps) & (variance > 0) & (variance < least)
-            tl.store(state + LEAST_VARIANCE, variance, mask=less)
+            keep_least(state, here, k + 1.0, variance, min_steps)
         running = tl.load(state + POWER, mask=here, other=0.0)
         tl.store(state + POWER, running + weight * (power - running), mask=here)
         new = tl.load(row + ROW_AFTER, mask=here, other=0.0, cache_modifier=".cg")
@@ -459,6 +397,11 @@ def apply_norm(values, config, layer_rows, layers):
         mean = tl.load(row + ROW_MEAN, mask=inside, other=0.0, cache_modifier=".cg")
         m2 = tl.load(row + ROW_M2, mask=inside, other=0.0, cache_modifier=".cg")
         multiplier = tl.load(row + ROW_MULTIPLIER, mask=inside, other=1.0)
+        # Gradients of layers whose optimizer's updates are multiplied are not amplified.
+        on_update = tl.load(
+            values + GLOBALS + index * FIELDS + ON_UPDATE, mask=index < layers, other=0.0
+        )
+        multiplier = tl.where(on_update != 0, 1.0, multiplier)
         squares = m2 + n * mean * mean
         before += squares
         after += multiplier * multiplier * squares

@@ -1,11 +1,11 @@
 # Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
-# ruff: noqa: SIM102
+# ruff: noqa: SIM102, SIM108
 # mypy: disable-error-code="no-untyped-def"
 """The step in one launch.
 
-Programs measure tiles (and multiply those of layers selected before); the last program of a
-layer adds the layer up; the last of all commits the state and decides. Where what is written
-depends on this step's sums, the programs wait for that and multiply in a second phase.
+Programs measure tiles (and multiply those of layers selected before, or update by all); the last
+program of a layer adds the layer up; the last of all commits the state and decides. Where what is
+written depends on this step's sums, the programs wait for that and write in a second phase.
 
 Programs tell each other that they are done by tickets: one more atomic increment each, and the
 one that takes the last resets it. Sums are added in the order of tiles, whoever adds them.
@@ -40,6 +40,7 @@ from .columns import (
     TILES,
     TILES_FROM,
     TILING_FIELDS,
+    UPDATE_WORDS,
 )
 from .decide import (
     active_factor,
@@ -57,12 +58,13 @@ from .tile import (
     WIDTH,
     fold_buckets,
     measure_elements,
-    multiply_elements,
     store_total,
     total,
+    write_elements,
 )
+from .update import count_updates, policy_for
 
-MEASURE, MULTIPLY = tl.constexpr(1), tl.constexpr(2)  # phases
+MEASURE, WRITE = tl.constexpr(1), tl.constexpr(2)  # phases
 # Tiles of one layer that one program adds up before the last one adds the layer's groups. A program
 # looks at WIDTH = 64 rows together, so that even the 65,536 tiles of 268 million elements are added
 # up in two rounds of four looks. (csrc/cuda has groups of 32, a tile for each lane of a warp.)
@@ -75,6 +77,12 @@ def element(code):
     return (tl.float32, tl.bfloat16, tl.float16, tl.float64)[code]
 
 
+@triton.constexpr_function
+def words_of(update):
+    """Words of each tensor in the table of addresses."""
+    return UPDATE_WORDS.value if update else 1
+
+
 @triton.jit
 def _is_last(ticket, count):
     """Whether all ``count`` tickets are taken; the last sees what the others stored before."""
@@ -85,6 +93,19 @@ def _is_last(ticket, count):
         tl.store(ticket, 0)
     tl.debug_barrier()
     return last
+
+
+@triton.jit
+def _await(word, before):
+    """Until the word is not what it was. Loads wait side by side; of atomics one is done at a time.
+
+    The one at the end makes what was stored before the word changed visible here.
+    """
+    now = tl.load(word, volatile=True)
+    while now == before:
+        now = tl.load(word, volatile=True)
+    tl.atomic_add(word, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -122,11 +143,11 @@ def _publish(tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile, laye
 
 @triton.jit
 def _measure_tile(
-    values, sketch, parity, config, tensors, addresses, row, tensor, tile, inverse, multiplier,
-    measured, buckets, DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+    values, sketch, parity, config, tensors, addresses, row, tensor, tile, inverse, own, common,
+    acts, buckets, DTYPES: tl.constexpr, BY_BITS: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
     info = tensors + tensor * TENSOR_FIELDS
-    tagged = tl.load(addresses + tensor)
+    tagged = tl.load(addresses + tensor * words_of(UPDATE))
     dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
     address = tagged & ADDRESS_BITS
     if address == 0:
@@ -141,12 +162,13 @@ def _measure_tile(
             side = tl.load(parity + tensor).to(tl.int64)
             place = sketch + tl.load(info + FIRST_BUCKET) + (first >> bucket_log2)
             before, after = place + side * buckets, place + (1 - side) * buckets
+        policy = policy_for(addresses, tensor, own, common, acts, UPDATE)
         for code in tl.static_range(DTYPE_COUNT):
             if (DTYPES >> code) & 1:
                 if dtype == code:
                     measure_elements(
-                        address, first, count, multiplier, after, bucket_log2, row,
-                        element(code), BY_BITS,
+                        address, first, count, policy, after, bucket_log2, row,
+                        element(code), BY_BITS, UPDATE,
                     )  # fmt: skip
         tl.debug_barrier()
         if bucket_log2 >= 0:
@@ -162,27 +184,28 @@ def _measure_tile(
 
 
 @triton.jit
-def _multiply_tile(
-    tensors, addresses, tensor, tile, multiplier,
-    DTYPES: tl.constexpr, BY_BITS: tl.constexpr,
+def _write_tile(
+    tensors, addresses, tensor, tile, own, common,
+    DTYPES: tl.constexpr, BY_BITS: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
     info = tensors + tensor * TENSOR_FIELDS
-    tagged = tl.load(addresses + tensor)
+    tagged = tl.load(addresses + tensor * words_of(UPDATE))
     dtype = (tagged >> DTYPE_SHIFT).to(tl.int32)
     address = tagged & ADDRESS_BITS
     if address != 0:
         first = (tile - tl.load(info + FIRST_TILE)) * TILE
         count = tl.minimum(tl.load(info + NUMEL) - first, TILE).to(tl.int32)
+        policy = policy_for(addresses, tensor, own, common, count > 0, UPDATE)
         for code in tl.static_range(DTYPE_COUNT):
             if (DTYPES >> code) & 1:
                 if dtype == code:
-                    multiply_elements(address, first, count, multiplier, element(code), BY_BITS)
+                    write_elements(address, first, count, policy, element(code), BY_BITS, UPDATE)
 
 
 @triton.jit
 def _conclude(
     values, parity, config, tensors, layer_rows, scores, verdict, tickets, addresses, found_inf,
-    measured, layers, begins_round, decides, GROWS: tl.constexpr,
+    measured, layers, begins_round, decides, GROWS: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
     """By the last program, when every tile is measured."""
     factor = active_factor(values, config, begins_round)
@@ -201,7 +224,8 @@ def _conclude(
         for begin in range(0, measured, WIDTH):
             index = begin + tl.arange(0, WIDTH)
             inside = index < measured
-            here = tl.load(addresses + index, mask=inside, other=0) != 0
+            word = addresses + index * words_of(UPDATE)
+            here = tl.load(word, mask=inside, other=0) != 0
             layer = tl.load(tensors + index * TENSOR_FIELDS + LAYER, mask=inside, other=0)
             here = here & is_measured(values, layer_rows, layer, inside)
             side = tl.load(parity + index, mask=inside, other=0)
@@ -213,7 +237,7 @@ def _conclude(
 # Numbers whose values change nothing in what is compiled.
 _NUMBERS = (
     *("grad_scale", "found_inf", "measured", "layers", "buckets", "measured_tiles", "tiles"),
-    *("unscale", "begins_round", "decides", "phases"),
+    *("unscale", "begins_round", "decides", "phases", "slots"),
 )
 
 
@@ -225,19 +249,23 @@ def step_kernel(
     addresses, grad_scale: tl.int64, found_inf: tl.int64,
     measured: tl.int32, layers: tl.int32, buckets: tl.int64,
     measured_tiles: tl.int32, tiles: tl.int32, unscale: tl.int32,
-    begins_round: tl.int32, decides: tl.int32, phases: tl.int32,
-    DTYPES: tl.constexpr, BY_BITS: tl.constexpr, GROWS: tl.constexpr,
+    begins_round: tl.int32, decides: tl.int32, phases: tl.int32, slots: tl.int32,
+    DTYPES: tl.constexpr, BY_BITS: tl.constexpr, GROWS: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
-    """``phases`` has the bits MEASURE and MULTIPLY; both only if all programs run at one time.
+    """``phases`` has the bits MEASURE and WRITE; both only if all programs run at one time.
 
     ``grad_scale`` and ``found_inf`` are addresses of floats or 0. ``DTYPES`` has a bit for each
     dtype that is there. ``GROWS`` is the option: without it the kernel has no
-    registers to spare for growth.
+    registers to spare for growth. ``UPDATE`` is the optimizer's rule, 0 if gradients are written.
+    ``slots`` are the rows of ``addresses``, which has words for each tensor by ``words_of``.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     norm = needs_norm(config)
     inverse = _inverse_scale(grad_scale)
-    rescale = tl.where(unscale != 0, inverse, 1.0)
+    if UPDATE == 0:
+        rescale = tl.where(unscale != 0, inverse, 1.0)
+    else:
+        rescale = inverse  # gradients are only read
     write_now = (tl.load(config + CONFIG_EXACT) == 0) & (not norm)
     generation = tl.load(tickets + GENERATION, cache_modifier=".cg")
     skipped = program < 0
@@ -254,38 +282,44 @@ def step_kernel(
             for tile in range(program, tl.where(norm, tiles, measured_tiles), programs):
                 tensor = tl.load(tile_tensor + tile).to(tl.int64)
                 layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
-                multiplier = factor * 0.0 + 1.0
+                own = factor * 0.0 + 1.0
                 if write_now:
                     # An excluded tensor's layer is -1.
                     own = amplification(values, layer, layer >= 0, factor, GROWS)
-                    multiplier = own * rescale
+                    if UPDATE == 0:
+                        own = own * rescale
                 _measure_tile(
                     values, sketch, parity, config, tensors, addresses,
-                    tile_rows + tile * ROW, tensor, tile, inverse, multiplier,
-                    measured, buckets, DTYPES, BY_BITS,
+                    tile_rows + tile * ROW, tensor, tile, inverse, own, rescale,
+                    write_now, buckets, DTYPES, BY_BITS, UPDATE,
                 )  # fmt: skip
                 _publish(
                     tile_rows, group_rows, layer_rows, layer_tiles, tickets, tile,
                     tl.where(layer < 0, layers, layer), layers, inverse,
                 )  # fmt: skip
-            if write_now & (rescale != 1):
+            if write_now & ((rescale != 1) | (UPDATE != 0)):
                 for tile in range(measured_tiles + program, tiles, programs):
                     tensor = tl.load(tile_tensor + tile).to(tl.int64)
-                    _multiply_tile(tensors, addresses, tensor, tile, rescale, DTYPES, BY_BITS)
+                    own = rescale
+                    if UPDATE != 0:
+                        own = rescale * 0.0 + 1.0
+                    _write_tile(
+                        tensors, addresses, tensor, tile, own, rescale, DTYPES, BY_BITS, UPDATE
+                    )
             if _is_last(tickets + PROGRAMS, programs):
+                if UPDATE != 0:
+                    if write_now:
+                        count_updates(addresses, slots)
                 _conclude(
                     values, parity, config, tensors, layer_rows, scores, verdict, tickets,
-                    addresses, found_inf, measured, layers, begins_round, decides, GROWS,
+                    addresses, found_inf, measured, layers, begins_round, decides, GROWS, UPDATE,
                 )  # fmt: skip
                 tl.debug_barrier()
                 tl.atomic_add(tickets + GENERATION, 1, sem="release", scope="gpu")
 
-    if phases & MULTIPLY:
+    if phases & WRITE:
         if ((phases & MEASURE) != 0) & (not skipped):
-            now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
-            while now == generation:
-                now = tl.atomic_add(tickets + GENERATION, 0, sem="acquire", scope="gpu")
-            tl.debug_barrier()
+            _await(tickets + GENERATION, generation)
         counted = tl.load(verdict, cache_modifier=".cg") != 0
         if counted & (not skipped):
             common = rescale * tl.load(verdict + 1, cache_modifier=".cg")
@@ -295,5 +329,10 @@ def step_kernel(
                 tensor = tl.load(tile_tensor + tile).to(tl.int64)
                 layer = tl.load(tensors + tensor * TENSOR_FIELDS + LAYER).to(tl.int32)
                 row = layer_rows + tl.where(layer < 0, layers, layer) * ROW
-                multiplier = tl.load(row + ROW_MULTIPLIER, cache_modifier=".cg") * common
-                _multiply_tile(tensors, addresses, tensor, tile, multiplier, DTYPES, BY_BITS)
+                own = tl.load(row + ROW_MULTIPLIER, cache_modifier=".cg")
+                if UPDATE == 0:
+                    own = own * common
+                _write_tile(tensors, addresses, tensor, tile, own, common, DTYPES, BY_BITS, UPDATE)
+            if UPDATE != 0:
+                if _is_last(tickets + PROGRAMS, programs):
+                    count_updates(addresses, slots)

@@ -77,10 +77,10 @@ class AddressTable:
     # memory cannot be allocated during a capture.
     SPARES = 8
 
-    def __init__(self, tensors: int, device: torch.device) -> None:
+    def __init__(self, words: int, device: torch.device) -> None:
         self.device = device
         self._words: list[int] = []
-        self.table = torch.zeros(tensors, dtype=torch.int64, device=device)
+        self.table = torch.zeros(words, dtype=torch.int64, device=device)
         self._captured: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._spares: list[tuple[Tensor, Tensor]] = []
         self._refill()
@@ -93,16 +93,16 @@ class AddressTable:
             self._spares.append((pinned, torch.zeros_like(self.table)))
 
     def upload(self, words: list[int]) -> Tensor:
-        """The words on the device: int64 [tensors]."""
+        """The words on the device, first in the table: int64."""
         if self.device.type != "cuda":
-            self.table.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
+            self.table[: len(words)].copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
         elif torch.cuda.is_current_stream_capturing():
             return self._capture(tuple(words))
         elif words != self._words:
             self._refill()
             # torch's allocator of pinned memory keeps the block until the copy is made.
             staged = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=True)
-            self.table.copy_(staged, non_blocking=True)
+            self.table[: len(words)].copy_(staged, non_blocking=True)
             self._words = words
         return self.table
 
@@ -114,7 +114,7 @@ class AddressTable:
                     "without an eager one between: take an eager step first"
                 )
             pinned, table = self._spares.pop()
-            pinned.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
+            pinned[: len(words)].copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
             self._captured[words] = pinned, table
         pinned, table = self._captured[words]
         table.copy_(pinned, non_blocking=True)

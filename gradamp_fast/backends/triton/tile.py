@@ -1,9 +1,9 @@
 # Kernels: what looks like Python here is read by triton's compiler, which has rules of its own.
-# ruff: noqa: RET505, SIM300
+# ruff: noqa: SIM300
 # mypy: disable-error-code="no-untyped-def"
-"""One program on one tile of one gradient: statistics, sketch and multiplication in one read.
+"""One program on one tile of one gradient: measured, and written or updated by, in one read.
 
-A program is one warp. It holds ``BLOCK`` elements at a time: loaded in order, looked at as
+A program is one warp. It holds a block of elements at a time: loaded in order, looked at as
 ``[rows, lanes, vector]`` with a 16-byte vector of consecutive elements for each lane, so that
 sums over rows and vectors stay in a lane. Element i belongs to the same lane whatever its address.
 """
@@ -27,9 +27,9 @@ from .columns import (
     SHORT,
     SHORT_LOG2,
 )
+from .element import LANES, at, block_of, load, product, store, wide_of, widen
+from .update import update_elements
 
-LANES = tl.constexpr(32)
-BLOCK = tl.constexpr(1024)
 TILE = tl.constexpr(4096)  # elements of one tensor that one program measures at a time
 WIDTH = tl.constexpr(64)  # rows of sums, or layers, that one program looks at together
 
@@ -37,63 +37,6 @@ WIDTH = tl.constexpr(64)  # rows of sums, or layers, that one program looks at t
 # of fp32 numbers lose digits to underflow, above it their sum may overflow.
 SMALL, LARGE = tl.constexpr(1e-28), tl.constexpr(1e34)
 UP, DOWN = tl.constexpr(2.0**96), tl.constexpr(2.0**-96)
-
-
-# ---- elements: no fp64 for fp32, fp16 and bf16 ----------------------------------------
-
-
-@triton.jit
-def _widen(x, WIDE: tl.constexpr, BY_BITS: tl.constexpr):
-    if BY_BITS and x.dtype == tl.bfloat16:
-        word = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return word.to(tl.float32, bitcast=True)
-    else:
-        return x.to(WIDE)
-
-
-@triton.jit
-def _narrow(x, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr):
-    """Rounds once, to nearest even. The interpreter truncates to bf16: there it is done by bits."""
-    if BY_BITS and ELEMENT == tl.bfloat16:
-        word = x.to(tl.uint32, bitcast=True)
-        rounded = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
-        half = tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
-        return half.to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(ELEMENT)
-
-
-@triton.jit
-def _product(x, factor, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr):
-    """Rounded once. In fp16 what was finite stays so: it stops at the largest number."""
-    y = x * factor
-    if ELEMENT == tl.float16:
-        limit = tl.maximum(tl.abs(x), 65504.0)
-        y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))
-    return _narrow(y, ELEMENT, BY_BITS)
-
-
-@triton.jit
-def _at(address, alignment: tl.constexpr, ELEMENT: tl.constexpr):
-    """A pointer from an integer, which knows nothing of its alignment unless told."""
-    return tl.multiple_of(address.to(tl.pointer_type(ELEMENT)), alignment)
-
-
-@triton.jit
-def _load(address, offsets, aligned, ELEMENT: tl.constexpr, VECTOR: tl.constexpr):
-    if aligned:
-        x = tl.load(_at(address, 16, ELEMENT) + offsets)
-    else:
-        x = tl.load(_at(address, 16 // VECTOR, ELEMENT) + offsets)
-    return x
-
-
-@triton.jit
-def _store(address, offsets, x, aligned, ELEMENT: tl.constexpr, VECTOR: tl.constexpr):
-    if aligned:
-        tl.store(_at(address, 16, ELEMENT) + offsets, x)
-    else:
-        tl.store(_at(address, 16 // VECTOR, ELEMENT) + offsets, x)
 
 
 # ---- moments ----------------------------------------------------------------------------
@@ -169,6 +112,7 @@ def _signed(x, first, WIDE: tl.constexpr):
 def _store_buckets(signed, buckets, bucket_log2, left):
     """Signed sums of the block's runs; ``left`` are the tile's elements from the block on."""
     VECTOR: tl.constexpr = signed.shape[2]
+    BLOCK: tl.constexpr = signed.shape[0] * LANES * VECTOR
     RUNS: tl.constexpr = BLOCK // SHORT
     LONG_RUNS: tl.constexpr = BLOCK // LONG
     if bucket_log2 > 0:
@@ -192,31 +136,31 @@ def _store_buckets(signed, buckets, bucket_log2, left):
 
 @triton.jit
 def measure_elements(
-    tensor_address, first, count, multiplier, buckets, bucket_log2, row,
-    ELEMENT: tl.constexpr, BY_BITS: tl.constexpr,
+    tensor_address, first, count, policy, buckets, bucket_log2, row,
+    ELEMENT: tl.constexpr, BY_BITS: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
     """Sums of a tile's elements to ``row``, the sums of its runs to ``buckets``.
 
-    ``first`` is the index of the tile's first element in the tensor. Elements are multiplied
-    unless the multiplier is 1. ``bucket_log2`` -1: no sketch. ``row`` gets the count, the tile's
-    first element c, and the sums of x - c and (x - c)^2.
+    ``first`` is the index of the tile's first element in the tensor; ``policy`` is what
+    ``policy_for`` says. ``bucket_log2`` -1: no sketch. ``row`` gets the count, the tile's first
+    element c, and the sums of x - c and (x - c)^2.
     """
-    WIDE: tl.constexpr = tl.float64 if ELEMENT == tl.float64 else tl.float32
+    WIDE: tl.constexpr = wide_of(ELEMENT)
+    BLOCK: tl.constexpr = block_of(ELEMENT)
     BYTES: tl.constexpr = ELEMENT.primitive_bitwidth // 8
     address = tensor_address + first * BYTES
     VECTOR: tl.constexpr = 16 // BYTES
     ROWS: tl.constexpr = BLOCK // (LANES * VECTOR)
     offsets = tl.arange(0, BLOCK)
     aligned = address % 16 == 0
-    factor = multiplier.to(WIDE)
-    centre = _widen(tl.load(_at(address, BYTES, ELEMENT)), WIDE, BY_BITS).to(tl.float64)
+    centre = widen(tl.load(at(address, BYTES, ELEMENT)), WIDE, BY_BITS).to(tl.float64)
     sums = tl.zeros([LANES], tl.float64)
     squares = tl.zeros([LANES], tl.float64)
 
     full = count // BLOCK * BLOCK
     for begin in range(0, full, BLOCK):
         part = address + begin * BYTES
-        x = _widen(_load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
+        x = widen(load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
         x = tl.reshape(x, [ROWS, LANES, VECTOR])
         lane_count = tl.full([LANES], BLOCK // LANES, tl.float64)
         mean, m2 = _lane_moments(x, x, lane_count, WIDE, False)
@@ -226,14 +170,20 @@ def measure_elements(
             signed = _signed(x, first + begin, WIDE)
             runs = buckets + (begin >> bucket_log2)
             _store_buckets(signed, runs, bucket_log2, count - begin)
-        if factor != 1:
-            y = tl.reshape(_product(x, factor, ELEMENT, BY_BITS), [BLOCK])
-            _store(part, offsets, y, aligned, ELEMENT, VECTOR)
+        if UPDATE == 0:
+            factor = policy[0].to(WIDE)
+            if factor != 1:
+                y = tl.reshape(product(x, factor, ELEMENT, BY_BITS), [BLOCK])
+                store(part, offsets, y, aligned, ELEMENT, VECTOR)
+        else:
+            update_elements(
+                policy, address, first, begin, begin + BLOCK, ELEMENT, BY_BITS, UPDATE, True
+            )
     if full < count:
         left = count - full
         valid = offsets < left
-        pointer = _at(address + full * BYTES, BYTES, ELEMENT)
-        x = _widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
+        pointer = at(address + full * BYTES, BYTES, ELEMENT)
+        x = widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
         x = tl.reshape(x, [ROWS, LANES, VECTOR])
         inside = tl.reshape(valid, [ROWS, LANES, VECTOR])
         lane_count = _sum_in_lane(inside.to(tl.int32)).to(tl.float64)
@@ -244,9 +194,13 @@ def measure_elements(
             signed = _signed(x, first + full, WIDE)
             runs = buckets + (full >> bucket_log2)
             _store_buckets(signed, runs, bucket_log2, left)
-        if factor != 1:
-            y = tl.reshape(_product(x, factor, ELEMENT, BY_BITS), [BLOCK])
-            tl.store(pointer + offsets, y, mask=valid)
+        if UPDATE == 0:
+            factor = policy[0].to(WIDE)
+            if factor != 1:
+                y = tl.reshape(product(x, factor, ELEMENT, BY_BITS), [BLOCK])
+                tl.store(pointer + offsets, y, mask=valid)
+        else:
+            update_elements(policy, address, first, full, count, ELEMENT, BY_BITS, UPDATE, False)
 
     tl.store(row + ROW_COUNT, count.to(tl.float64))
     tl.store(row + ROW_MEAN, centre)
@@ -255,29 +209,35 @@ def measure_elements(
 
 
 @triton.jit
-def multiply_elements(
-    tensor_address, first, count, multiplier, ELEMENT: tl.constexpr, BY_BITS: tl.constexpr
-):
-    """Multiplies a tile's elements in fp32 (fp64 for fp64), rounding once."""
-    WIDE: tl.constexpr = tl.float64 if ELEMENT == tl.float64 else tl.float32
+def write_elements(
+    tensor_address, first, count, policy,
+    ELEMENT: tl.constexpr, BY_BITS: tl.constexpr, UPDATE: tl.constexpr,
+):  # fmt: skip
+    """Does with a tile's elements what the policy says, without measuring them."""
+    WIDE: tl.constexpr = wide_of(ELEMENT)
+    BLOCK: tl.constexpr = block_of(ELEMENT)
     BYTES: tl.constexpr = ELEMENT.primitive_bitwidth // 8
     address = tensor_address + first * BYTES
     VECTOR: tl.constexpr = 16 // BYTES
-    offsets = tl.arange(0, BLOCK)
-    aligned = address % 16 == 0
-    factor = multiplier.to(WIDE)
-    if factor != 1:
-        full = count // BLOCK * BLOCK
-        for begin in range(0, full, BLOCK):
-            part = address + begin * BYTES
-            x = _widen(_load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
-            y = _product(x, factor, ELEMENT, BY_BITS)
-            _store(part, offsets, y, aligned, ELEMENT, VECTOR)
-        if full < count:
-            valid = offsets < count - full
-            pointer = _at(address + full * BYTES, BYTES, ELEMENT)
-            x = _widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
-            tl.store(pointer + offsets, _product(x, factor, ELEMENT, BY_BITS), mask=valid)
+    full = count // BLOCK * BLOCK
+    if UPDATE == 0:
+        offsets = tl.arange(0, BLOCK)
+        aligned = address % 16 == 0
+        factor = policy[0].to(WIDE)
+        if factor != 1:
+            for begin in range(0, full, BLOCK):
+                part = address + begin * BYTES
+                x = widen(load(part, offsets, aligned, ELEMENT, VECTOR), WIDE, BY_BITS)
+                y = product(x, factor, ELEMENT, BY_BITS)
+                store(part, offsets, y, aligned, ELEMENT, VECTOR)
+            if full < count:
+                valid = offsets < count - full
+                pointer = at(address + full * BYTES, BYTES, ELEMENT)
+                x = widen(tl.load(pointer + offsets, mask=valid, other=0.0), WIDE, BY_BITS)
+                tl.store(pointer + offsets, product(x, factor, ELEMENT, BY_BITS), mask=valid)
+    else:
+        update_elements(policy, address, first, 0, full, ELEMENT, BY_BITS, UPDATE, True)
+        update_elements(policy, address, first, full, count, ELEMENT, BY_BITS, UPDATE, False)
 
 
 @triton.jit
