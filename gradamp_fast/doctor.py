@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import collect_env
 
-from . import _extension, backends
+from . import _extension, backends, optim
 from ._version import __version__
 from .amplifier import Amplifier
 
@@ -249,7 +249,10 @@ class _Tensors(nn.Module):
 
 
 def compare(name: str, device: torch.device) -> tuple[str, bool]:
-    """Three steps of a backend and of the reference: in words, and whether they disagree."""
+    """Three steps of a backend, and of each optimizer by it, and of the reference.
+
+    In words, and whether they disagree.
+    """
     kinds = _OF_BACKEND.get(name, _ALL)
     written, rows = _run(name, device, kinds)
     expected, reference = _run("torch", torch.device("cpu"), kinds)
@@ -259,6 +262,10 @@ def compare(name: str, device: torch.device) -> tuple[str, bool]:
         for layer in reference
         if not torch.allclose(rows[layer], reference[layer], rtol=1e-4, atol=1e-4)
     ]
+    if not wrong:
+        ours = _updated(name, device, kinds)
+        theirs = _updated("torch", torch.device("cpu"), kinds)
+        wrong = [label for label in ours if not _alike(ours[label], theirs[label])]
     if wrong:
         return f"disagrees with the reference in {', '.join(dict.fromkeys(wrong))}", True
     return "agrees with the reference", False
@@ -287,6 +294,34 @@ def _run(
         for layer in amplifier.report().layers
     }
     return {n.removesuffix(".weight"): tensor for n, tensor in written.items()}, rows
+
+
+def _updated(
+    name: str, device: torch.device, kinds: Iterable[tuple[torch.dtype, int]]
+) -> dict[str, Tensor]:
+    """Parameters, on the CPU, after three steps of each fused optimizer with an amplifier."""
+    out = {}
+    for kind, options in ((optim.SGD, {"momentum": 0.9}), (optim.Adam, {}), (optim.AdamW, {})):
+        model = _Tensors(device, kinds)
+        amplifier = Amplifier(model, backend=name, min_steps=1, refresh=1, factor=1.7)
+        optimizer = kind(model.parameters(), 0.01, **options)
+        amplifier.attach(optimizer)
+        generator = torch.Generator("cpu").manual_seed(1)
+        for _ in range(3):
+            for parameter in model.parameters():
+                gradient = _noise(parameter, generator)
+                parameter.grad = gradient.to(parameter.dtype).to(device)
+            optimizer.step()
+        for label, parameter in model.named_parameters():
+            layer = label.removesuffix(".weight")
+            out[f"optim.{kind.__name__} of {layer}"] = parameter.detach().cpu()
+    return out
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """To the rounding of three updates of a hundredth and less."""
+    tolerance = 4 * torch.finfo(a.dtype).eps
+    return torch.allclose(a, b, rtol=tolerance, atol=0.1 * tolerance)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:

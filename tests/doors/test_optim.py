@@ -505,3 +505,39 @@ def test_a_sparse_gradient_is_refused_by_name(
         assert name in str(error.value) or f"'{bad}'" in str(error.value)
         assert all(same_bits(p, q) for p, q in zip(own, before, strict=True))
         assert not any(float(s.sum()) for state in optimizer.state.values() for s in state.values())
+
+
+@both
+@pytest.mark.parametrize("attached", [False, True], ids=["alone", "attached"])
+@pytest.mark.parametrize(
+    ("spoil", "kind_of_error"),
+    [(lambda data: data.float(), TypeError), (lambda data: data[None], ValueError)],
+    ids=["dtype", "shape"],
+)
+def test_a_gradient_that_does_not_fit_is_refused_by_name(
+    place: Place,
+    kind: Any,
+    options: dict[str, Any],
+    attached: bool,
+    spoil: Any,
+    kind_of_error: type[Exception],
+) -> None:
+    """A parameter that was given other data after backward(), or before its state was loaded."""
+    own = parameters(device=place.device, shapes=[(3, 4), (4, 3)])
+    optimizer = kind(own, **options)
+    model = nn.ParameterList(own)
+    if attached:
+        amplifier = place.amplifier(model, min_steps=1000)
+        amplifier.attach(optimizer)
+    for step in range(2):  # there is no state yet, and there is
+        give(own, seed=step)
+        kept = own[1].data
+        own[1].data = spoil(kept)
+        before = [p.detach().clone() for p in own]
+        with pytest.raises(kind_of_error, match=r"the gradient of .*1.* (is|has shape)"):
+            optimizer.step()
+        assert all(same_bits(p, q) for p, q in zip(own, before, strict=True))
+        own[1].data = kept
+        optimizer.state.clear()
+        give(own, seed=step)
+        optimizer.step()
