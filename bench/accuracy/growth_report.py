@@ -94,9 +94,11 @@ def paper(growth: Growth, rows: Rows) -> list[str]:
 
 def peers(growth: Growth, rows: Rows) -> list[str]:
     """Optimizers that find a learning rate by themselves."""
-    best = growth_stages.best(growth, rows).lr
+    adamw = peer_stages.adamw(growth)
+    best = growth_stages.best(adamw, rows).lr
     found = peer_stages.differences(growth, rows)
-    return [*arms(peer_stages.peers(growth, rows), rows, best), *contrasts(found)]
+    jobs = peer_stages.arms(growth, rows)
+    return [*tuning(adamw, rows), *arms(jobs, rows, best), *contrasts(found)]
 
 
 def vanishing(growth: Growth, rows: Rows) -> list[str]:

@@ -36,8 +36,8 @@ class Recipe:
 
     SGD with Nesterov momentum; the learning rate rises linearly to `lr` over `warmup` of all steps.
     It then falls linearly to 0, or (`fall="steps"`) to a tenth at half of all steps and at three
-    quarters. Weight decay is coupled and applies to every parameter. Another `optimizer`, one of
-    `optimizers.PEERS`, has a momentum and a weight decay of its own.
+    quarters. Weight decay is coupled and applies to every parameter. `optimizer="adamw"`
+    is AdamW, whose updates are multiplied; one of `optimizers.PEERS` has options of its own.
     """
 
     arch: str = "resnet18"
@@ -119,6 +119,9 @@ def train(
     model = model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, recipe, device)
     amplifier = None if amplify is None else controls.make(model, amplify)
+    attached = amplifier is not None and recipe.optimizer == "adamw"
+    if amplifier is not None and attached:
+        amplifier.attach(optimizer)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     batch = min(recipe.batch, len(data.train_labels))
     steps = data.steps(batch)
@@ -138,7 +141,7 @@ def train(
                 loss = cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
-            if amplifier is not None:
+            if amplifier is not None and not attached:
                 amplifier.step()
             optimizer.step()
             total += loss.detach()
@@ -161,6 +164,9 @@ def train(
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        decay = recipe.weight_decay
+        return gradamp_fast.optim.AdamW(model.parameters(), recipe.lr, weight_decay=decay)
     if recipe.optimizer != "sgd":
         return optimizers.peer(recipe.optimizer, model)
     return torch.optim.SGD(

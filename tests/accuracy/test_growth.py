@@ -33,7 +33,7 @@ from bench.accuracy.data import load
 from bench.accuracy.growth_stages import ARMS, CONTRASTS, Growth, name_of
 from bench.accuracy.lines import append_line, read_records
 from bench.accuracy.optimizers import OptimizerMissing
-from bench.accuracy.runs import Row, Run, stored_options
+from bench.accuracy.runs import Row, Run, growth_of, stored_options
 from bench.accuracy.stages import Family, Job, NotReady
 from bench.accuracy.store import Rows, Store
 from bench.accuracy.train import Recipe, train
@@ -125,19 +125,40 @@ def test_a_change_that_only_the_controls_know_is_another_run() -> None:
     assert stored_options({"shuffle": 1}) == stored_options({"shuffle": 2})
 
 
+def adamw_tuned() -> Rows:
+    """AdamW's plain runs, of which that at 2e-3 is best."""
+    return {
+        job.run.key: row_of(job.run, validation=0.6 if job.run.recipe.lr == 2e-3 else 0.5)
+        for job in peer_stages.peers(TINY, {})
+    }
+
+
+def test_updates_grow_under_adamw() -> None:
+    """Attached, and stepped once: at 1e-5 the gradients agree and the factors grow."""
+    recipe = replace(TINY.family.recipe, optimizer="adamw", epochs=20, lr=1e-5)
+    data = load("fake").hold_out(64, 128)
+    result = train(data, recipe, {"grow": True, "min_steps": 20})
+    assert result.history[-1].steps == 20 * 4
+    assert growth_of(result.history)["factor"][-1] > 2
+    assert result.epochs[-1].train_loss < train(data, recipe).epochs[-1].train_loss
+
+
 def test_a_peer_is_another_run_and_the_plain_optimizer_the_run_that_is_stored() -> None:
     plain = TINY.family.run(0)
     assert "optimizer" not in json.loads(plain.config)["recipe"]
-    jobs = peer_stages.peers(TINY, {})
+    rows = adamw_tuned()
+    jobs = peer_stages.arms(TINY, rows)
     assert len({job.run.key for job in jobs} | {plain.key}) == len(jobs) + 1
-    assert {job.run.recipe.lr for job in jobs} == {1.0}
+    rates = {job.arm: job.run.recipe.lr for job in jobs}
+    assert {rates[name] for name in optimizers.PEERS} == {1.0}
+    assert (rates["AdamW growing from 1e-5"], rates["AdamW, best"]) == (1e-5, 2e-3)
     arms = {job.arm for job in jobs} | {name_of(arm, times) for arm, times, _ in ARMS}
     assert {name_of(*side) for pair in peer_stages.CONTRASTS for side in pair} <= arms
 
 
 def test_a_peer_trains_and_a_missing_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rate is scheduled as the plain one's: SGD as a peer is plain SGD."""
-    recipe = replace(peer_stages.peers(TINY, {})[0].run.recipe, lr=0.05)
+    recipe = replace(TINY.family.recipe, optimizer="prodigy", lr=0.05)
     data = load("fake").hold_out(64, 128)
 
     def made(package: Any, params: Any) -> torch.optim.Optimizer:
