@@ -8,6 +8,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -301,10 +302,10 @@ def _updated(
 ) -> dict[str, Tensor]:
     """Parameters, on the CPU, after three steps of each fused optimizer with an amplifier."""
     out = {}
-    for kind, options in ((optim.SGD, {"momentum": 0.9}), (optim.Adam, {}), (optim.AdamW, {})):
+    for make in (partial(optim.SGD, momentum=0.9), optim.Adam, optim.AdamW):
         model = _Tensors(device, kinds)
         amplifier = Amplifier(model, backend=name, min_steps=1, refresh=1, factor=1.7)
-        optimizer = kind(model.parameters(), 0.01, **options)
+        optimizer = make(model.parameters(), 0.01)
         amplifier.attach(optimizer)
         generator = torch.Generator("cpu").manual_seed(1)
         for _ in range(3):
@@ -314,7 +315,7 @@ def _updated(
             optimizer.step()
         for label, parameter in model.named_parameters():
             layer = label.removesuffix(".weight")
-            out[f"optim.{kind.__name__} of {layer}"] = parameter.detach().cpu()
+            out[f"optim.{type(optimizer).__name__} of {layer}"] = parameter.detach().cpu()
     return out
 
 

@@ -35,6 +35,7 @@ def made_up_history(layers: int, epochs: int, by_epoch: bool = True) -> list[Rep
             score=0.0,
             selected=layer % 2 == 1,
             factor=2.0 if layer % 2 else 1.0,
+            acts_on="gradient",
             settled=False,
             amplified_steps=10 * epoch * (layer % 2),
             amplified_share=0.5 * (layer % 2),
