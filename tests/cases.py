@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from oracle import Layer, Oracle
 from torch import Tensor, nn
@@ -27,6 +28,16 @@ COMPLEX = (torch.complex64, torch.complex128)
 # Where the bucket length, a tile or a 32-sign word ends, one less and one more; primes.
 SIZES = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 1009, 4095, 4096, 4097, 8191, 8192, 8193, 10007)
 LARGE_SIZES = (131071, 131072, 131073)
+
+
+def torchs_optimizer_cases() -> list[Any]:
+    """``optim_db``, which torch tests its own optimizers by. Skips where its parts are missing."""
+    pytest.importorskip("expecttest")
+    modules = pytest.importorskip("torch.testing._internal.common_optimizers")
+    # Its import forbids to set flags of backends, for the rest of the process.
+    torch.backends.__allow_nonbracketed_mutation_flag = True  # type: ignore[attr-defined]
+    found: list[Any] = modules.optim_db
+    return found
 
 
 # ---- tolerances, against fp64 -------------------------------------------------------

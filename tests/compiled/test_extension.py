@@ -91,7 +91,7 @@ def test_sums_of_another_shape(given: dict[str, Any]) -> None:
     gradient = [torch.ones(5000)]
     for sums in (torch.zeros(2, 7, dtype=torch.float64), torch.zeros(2, 8)):
         with pytest.raises(ValueError, match="`sums`"):
-            stepper.step_gradients(gradient, None, None, True, True, True, sums)
+            stepper.step_gradients(gradient, None, None, True, True, True, sums, None, [])
 
 
 def test_a_refused_step_leaves_nothing_for_the_next(given: dict[str, Any]) -> None:
@@ -102,10 +102,10 @@ def test_a_refused_step_leaves_nothing_for_the_next(given: dict[str, Any]) -> No
     given["values"] = torch.zeros(len(GLOBAL_FIELDS) + 2 * len(LAYER_FIELDS)).double()
     given["sketch"], given["parity"] = torch.zeros(2, 640), torch.zeros(2, dtype=torch.int32)
     given["members"], given["lacking"] = bytearray(2), array("q", [-1, -1])
-    stepper, flat = bind(given), torch.ones(5000)
+    stepper, flat, crooked = bind(given), torch.ones(5000), torch.ones(10_000)[::2]
     with pytest.raises(RuntimeError, match="gradient 1 is not flat"):
-        stepper.step_gradients([flat, torch.ones(10_000)[::2]], None, None, True, True, True, None)
-    stepper.step_gradients([None, flat], None, None, True, True, True, None)
+        stepper.step_gradients([flat, crooked], None, None, True, True, True, None, None, [])
+    stepper.step_gradients([None, flat], None, None, True, True, True, None, None, [])
     steps = given["values"][len(GLOBAL_FIELDS) :: len(LAYER_FIELDS)]
     assert steps.tolist() == [0.0, 1.0]
 
@@ -121,7 +121,7 @@ def test_one_thread_at_a_time(given: dict[str, Any]) -> None:
     def step() -> None:
         while not stop.is_set():
             try:
-                stepper.step_gradients(gradient, None, None, True, True, True, None)
+                stepper.step_gradients(gradient, None, None, True, True, True, None, None, [])
             except RuntimeError as error:
                 refused.append(str(error))
                 stop.set()
@@ -135,7 +135,7 @@ def test_one_thread_at_a_time(given: dict[str, Any]) -> None:
         thread.join()
     assert refused
     assert "step it from one thread at a time" in refused[0]
-    stepper.step_gradients(gradient, None, None, True, True, True, None)
+    stepper.step_gradients(gradient, None, None, True, True, True, None, None, [])
 
 
 # ---- lists that stand in both languages -------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradamp_fast.backends.compiled import for_kernel
 from gradamp_fast.backends.stepping import Measuring
-from gradamp_fast.call import Call, Outcome
+from gradamp_fast.call import Call, Hyper, Outcome, Updated
 from gradamp_fast.model.gradients import DTYPES, GradientReader
 from gradamp_fast.model.plan import Plan
 from gradamp_fast.options import Rules
@@ -96,6 +96,43 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr() if tensor is not None else None)
 
 
+class HyperStruct(ctypes.Structure):
+    """``Hyper`` of csrc/rules/update.h."""
+
+    INTEGERS = ("rule", "maximize", "nesterov", "amsgrad", "decoupled", "rate_is_double")
+    DOUBLES = ("lr", "weight_decay", "beta1", "beta2", "eps")
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in INTEGERS),
+        ("rate", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in DOUBLES),
+    )
+
+    @classmethod
+    def of(cls, hyper: Hyper) -> HyperStruct:
+        given = hyper._asdict()
+        given["rule"] = int(hyper.rule != "sgd")
+        if isinstance(hyper.lr, Tensor):
+            given |= {"rate": pointer(hyper.lr), "lr": 0.0}
+            given["rate_is_double"] = int(hyper.lr.dtype == torch.float64)
+        return cls(**given)
+
+
+class UpdateStruct(ctypes.Structure):
+    """``UpdateTensor`` of csrc/engine.h."""
+
+    _fields_ = (
+        ("parameter", ctypes.c_void_p),
+        ("states", ctypes.c_void_p * 3),
+        ("steps", ctypes.c_void_p),
+        ("group", ctypes.c_int32),
+    )
+
+    @classmethod
+    def of(cls, updated: Updated, group: int) -> UpdateStruct:
+        states = (ctypes.c_void_p * 3)(*(pointer(state).value for state in updated.states))
+        return cls(pointer(updated.parameter), states, pointer(updated.steps), group)
+
+
 class EmulatedBackend(Measuring):
     """CudaBackend's engine and kernel; tests set what a step must not depend on."""
 
@@ -147,15 +184,28 @@ class EmulatedBackend(Measuring):
         if isinstance(gradients, Outcome):
             return gradients
         self.state.heed_members(self.plan)
-        self.launch(gradients, call, None)
+        self.launch(gradients, call, None, self.reader.updated(call))
         self.reader.write_back(call)
         return Outcome.DONE
 
-    def measure(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor) -> None:
-        self.launch(gradients, call, sums)
+    def measure(
+        self,
+        gradients: Sequence[Tensor | None],
+        call: Call,
+        sums: Tensor,
+        updated: Sequence[Updated | None] | None = None,
+    ) -> None:
+        self.launch(gradients, call, sums, updated)
 
-    def launch(self, gradients: Sequence[Tensor | None], call: Call, sums: Tensor | None) -> None:
+    def launch(
+        self,
+        gradients: Sequence[Tensor | None],
+        call: Call,
+        sums: Tensor | None,
+        updated: Sequence[Updated | None] | None,
+    ) -> None:
         given = [g if g is not None and g.numel() else None for g in gradients]
+        tensors, hypers = self.structs(call, given, updated)
         dtypes = [DTYPES.index(g.dtype) if g is not None else 0 for g in given]
         written = (ctypes.c_uint8 * len(given))()
         self.library.runtime_log()
@@ -169,6 +219,9 @@ class EmulatedBackend(Measuring):
             int(call.begins_round),
             int(call.decides),
             pointer(sums),
+            tensors,
+            hypers,
+            len(hypers or ()),
             written,
             self.blocks,
             int(self.cooperative),
@@ -176,6 +229,36 @@ class EmulatedBackend(Measuring):
         )
         type(self).log = self.library.runtime_log().decode().splitlines()
         self.check(succeeded)
+        self.mark(written, updated)
+
+    def structs(
+        self, call: Call, given: Sequence[Tensor | None], updated: Sequence[Updated | None] | None
+    ) -> tuple[Any, Any]:
+        """What is updated, and by what, as the engine takes it; updates of no element are counted.
+
+        That is what csrc/updater.cpp does.
+        """
+        if updated is None or call.update is None:
+            return None, None
+        groups = call.update.groups([slot.parameter for slot in self.plan.slots])
+        tensors = (UpdateStruct * len(updated))()
+        for index, (of, gradient) in enumerate(zip(updated, given, strict=True)):
+            if of is not None and gradient is not None:
+                tensors[index] = UpdateStruct.of(of, groups[index])
+            elif of is not None:
+                of.steps.add_(1.0 if call.found_inf is None else (call.found_inf == 0).reshape(()))
+        self.hypers = call.update.hypers()  # holds learning rates that are tensors
+        return tensors, (HyperStruct * len(self.hypers))(*map(HyperStruct.of, self.hypers))
+
+    @staticmethod
+    def mark(written: Sequence[int], updated: Sequence[Updated | None] | None) -> None:
+        """Versions of what was updated, as csrc/updater.cpp has them."""
+        for flag, of in zip(written, updated or (), strict=False):
+            if flag and of is not None:
+                for tensor in (of.parameter, of.steps, *of.states):
+                    torch._C._autograd._unsafe_set_version_counter(
+                        (tensor,), (tensor._version + 1,)
+                    )
 
     def settle(self) -> list[str]:
         """What that asks of the runtime."""

@@ -11,12 +11,12 @@ constexpr int32_t kLayer[] = {0, 0, 1, 1, -1};
 constexpr int64_t kNumel[] = {48 * 4096 + 5, 700, 3000, 8192, 600};
 constexpr int kTensors = 5, kLayers = 2;
 
-struct Kind {
+struct Steps {
   const char* name;
   double exact, match_norm, max_norm;
   int driver;  // 12000: tables hold three tensors, so that a step takes several launches
 };
-constexpr Kind kKinds[] = {
+constexpr Steps kSteps[] = {
     {"lagged", 0, 0, 0, 13000},         {"exact", 1, 0, 0, 13000},
     {"match_norm", 0, 1, 0, 13000},     {"max_norm", 0, 0, 0.5, 13000},
     {"lagged, launches", 0, 0, 0, 12000}, {"exact, launches", 1, 0, 0, 12000},
@@ -33,7 +33,7 @@ uint64_t hash(uint64_t h, const std::vector<T>& values) {
   return hash(h, values.data(), values.size() * sizeof(T));
 }
 
-uint64_t run(const Kind& kind, int blocks, uint32_t seed) {
+uint64_t run(const Steps& kind, int blocks, uint32_t seed) {
   runtime_answer("driver", kind.driver);
   int32_t log2[kTensors];
   int64_t first_bucket[kTensors], buckets = 0;
@@ -64,8 +64,8 @@ uint64_t run(const Kind& kind, int blocks, uint32_t seed) {
       for (float& x : gradients[t]) x = static_cast<float>(random()) * 0x1p-32f - 0.4f;
       addresses[t] = gradients[t].data();
     }
-    if (!emulated_step(engine, addresses, dtypes, nullptr, nullptr, 1, 1, 1, nullptr, nullptr, nullptr, 0, written, blocks,
-                       1, seed + step)) {
+    if (!emulated_step(engine, addresses, dtypes, nullptr, nullptr, 1, 1, 1, nullptr, nullptr,
+                       nullptr, 0, written, blocks, 1, seed + step)) {
       std::printf("%s: %s\n", kind.name, emulated_problem());
       std::exit(1);
     }
@@ -78,7 +78,7 @@ uint64_t run(const Kind& kind, int blocks, uint32_t seed) {
 }  // namespace
 
 int main() {
-  for (const Kind& kind : kKinds)
+  for (const Steps& kind : kSteps)
     for (int blocks : {1, 3, 5})
       std::printf("%s|%d|%016llx\n", kind.name, blocks,
                   static_cast<unsigned long long>(run(kind, blocks, 10 * blocks)));

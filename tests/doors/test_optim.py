@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import io
 import pickle
@@ -12,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import COMPLEX, REALS, Place, same_bits
+from cases import COMPLEX, REALS, Place, same_bits, torchs_optimizer_cases
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 import gradamp_fast
 from gradamp_fast import optim
 
-pytest.importorskip("expecttest")  # of torch's own tests, whose option sets are taken
-optim_db = importlib.import_module("torch.testing._internal.common_optimizers").optim_db
+optim_db = torchs_optimizer_cases()
 
 KINDS = [optim.SGD, optim.Adam, optim.AdamW]
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}

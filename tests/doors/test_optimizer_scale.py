@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import torchs_optimizer_cases
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
@@ -49,10 +50,7 @@ def test_torchs_own(kind: type[Optimizer], rest: dict[str, Any]) -> None:
 
 
 def test_torchs_own_with_the_options_that_torch_tests_them_with() -> None:
-    pytest.importorskip("expecttest")
-    from torch.testing._internal.common_optimizers import optim_db
-
-    for info in optim_db:
+    for info in torchs_optimizer_cases():
         for given in info.optim_inputs_func(device="cpu"):
             optimizer = info.optim_cls(parameters(), **given.kwargs)
             expected = info.optim_cls.__name__ in SGD_LIKE
