@@ -28,7 +28,7 @@ MUTANTS: dict[str, Changes] = {
         (r"if \(phases == kBoth\) cooperative_groups::this_grid\(\)\.sync\(\);", "")
     ],
     "a block's ticket before its warps are done": [
-        (r"__syncthreads\(\);\n( +if \(threadIdx\.x == 0\) decides)", r"\1")
+        (r"__syncthreads\(\);\n( +if \(threadIdx\.x == 0\) last = is_last)", r"\1")
     ],
     "the last of a group reads before its ticket": [
         (
