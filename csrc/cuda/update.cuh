@@ -138,7 +138,8 @@ __device__ __forceinline__ void update_pieces(const TileUpdate& tile, const Grad
   };
 #pragma unroll 1
   for (int first = first_piece; first < count; first += kAtOnce * gradient.kSize) {
-    Raw p[kAtOnce], s[kUpdateStates][kAtOnce], g[kAtOnce];
+    // Set, lest what a lane does not load is kept from the round before.
+    Raw p[kAtOnce] = {}, s[kUpdateStates][kAtOnce] = {}, g[kAtOnce] = {};
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int at = first + j * gradient.kSize + gradient.rank();
@@ -304,8 +305,8 @@ __global__ void __launch_bounds__(kThreads, kUpdatingBlocks)
   bool second_pass = false;
 #pragma unroll 1
   while (true) {
-    const bool updates = second_pass || a.write_in_first_phase;
     work_on_tiles(a, table, Update<kRule>{u, second_pass});
+    const bool updates = second_pass || a.write_in_first_phase;
     // Whoever is last counts the updates: then all have read how many there were.
     if ((updates || a.last_launch) && is_last_block(a)) {
       if (!second_pass && a.last_launch) conclude(a);

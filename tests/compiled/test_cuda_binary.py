@@ -61,15 +61,33 @@ def binary() -> Path:
 
 
 @functools.cache
-def code() -> dict[int, Counter[str]]:
-    """Instructions by architecture."""
+def code() -> dict[int, dict[str, Counter[str]]]:
+    """Instructions of each kernel, by architecture."""
     text = output(tool("cuobjdump"), "-sass", binary())
     parts = re.split(r"\barch = sm_(\d+)\w*", text)
-    found: dict[int, Counter[str]] = {}
+    found: dict[int, dict[str, Counter[str]]] = {}
     for arch, sass in zip(parts[1::2], parts[2::2], strict=True):
-        opcodes = (instruction.split()[0] for instruction in instructions(sass))
-        found.setdefault(int(arch), Counter()).update(opcodes)
-    return {arch: counts for arch, counts in found.items() if counts}
+        named = re.split(r"Function : (\S+)", sass)
+        for name, body in zip(named[1::2], named[2::2], strict=True):
+            opcodes = (instruction.split()[0] for instruction in instructions(body))
+            found.setdefault(int(arch), {})[name] = Counter(opcodes)
+    return found
+
+
+def count(counts: Counter[str], *beginnings: str) -> int:
+    return sum(n for name, n in counts.items() if name.startswith(beginnings))
+
+
+# For a launch of few tensors and for one of many; the last two, by SGD's rule and by Adam's.
+KERNELS = {"step_kernel": 2, "update_kernel": 4, "apply_kernel": 4}
+
+
+def kernels(kind: str) -> Iterator[tuple[int, Counter[str]]]:
+    """Of every architecture, those of one kind."""
+    for arch, named in code().items():
+        found = [counts for name, counts in named.items() if kind in name]
+        assert len(found) == KERNELS[kind], (arch, list(named))
+        yield from ((arch, counts) for counts in found)
 
 
 def test_every_architecture_has_code() -> None:
@@ -77,39 +95,45 @@ def test_every_architecture_has_code() -> None:
     assert set(code()) == {int(arch.replace(".", "").rstrip("af")) for arch in named}
 
 
-def test_nothing_is_spilled() -> None:
-    for arch, counts in code().items():
-        local = {name: n for name, n in counts.items() if name.split(".")[0] in ("LDL", "STL")}
-        assert not local, (arch, local)
+@pytest.mark.parametrize("kind", KERNELS)
+def test_nothing_is_spilled(kind: str) -> None:
+    """But for two numbers, once a step of the pipeline, by Adam on sm_120."""
+    for arch, counts in kernels(kind):
+        stored, loaded = count(counts, "STL"), count(counts, "LDL")
+        most = 3 if (kind, arch) == ("update_kernel", 120) else 0
+        assert stored <= most, (arch, stored)
+        assert loaded <= most, (arch, loaded)
 
 
 def test_16_bytes_are_moved_at_once() -> None:
     """A step is eight rows: straight into shared memory from sm_80 on. Written are four rows of
     each dtype at once in the first phase, and of two 16-bit ones at any address."""
-    for arch, counts in code().items():
-        copy = "LDGSTS.E.BYPASS" if arch >= 80 else "LDG.E"
-        copied = sum(n for name, n in counts.items() if name.startswith(f"{copy}.128"))
-        written = sum(n for name, n in counts.items() if name.startswith("STG.E.128"))
-        assert copied >= 2 * 8, (arch, copied)
-        assert written >= 2 * 4 * 6, (arch, written)
+    for arch, counts in kernels("step_kernel"):
+        assert count(counts, "LDGSTS.E.BYPASS.128" if arch >= 80 else "LDG.E.128") >= 8, arch
+        assert count(counts, "STG.E.128") >= 4 * 6, arch
 
 
-def test_only_the_last_acquires() -> None:
-    """Of each kernel: the last of a group and of the grid, and the barrier between the phases.
-    An acquire drops what the processor holds in L1, so those that come earlier only release."""
-    for arch, counts in code().items():
-        dropped = sum(n for name, n in counts.items() if name.startswith("CCTL.IVALL"))
-        assert 0 < dropped <= 2 * 3, (arch, dropped)
+@pytest.mark.parametrize(("kind", "most"), [("step_kernel", 3), ("update_kernel", 3),
+                                            ("apply_kernel", 1)])  # fmt: skip
+def test_only_the_last_acquires(kind: str, most: int) -> None:
+    """The last of a group and of the grid, and the barrier between the phases; where nothing is
+    measured the last of the grid alone.
+
+    An acquire drops what the processor holds in L1, so those that come earlier only release.
+    """
+    for arch, counts in kernels(kind):
+        assert 0 < count(counts, "CCTL.IVALL") <= most, arch
 
 
 def test_registers_are_within_the_budget() -> None:
     text = output(tool("cuobjdump"), "--dump-resource-usage", binary())
     seen = 0
     for arch, part in re.findall(r"arch = sm_(\d+)\w*(.*?)(?=arch = sm_|\Z)", text, re.DOTALL):
-        for registers in re.findall(r"step_kernel.*?REG:(\d+)", part, re.DOTALL):
-            assert int(registers) <= (HOPPERS_BUDGET if arch == "90" else BUDGET), arch
+        for kind, registers in re.findall(r"(\w+_kernel)I.*?REG:(\d+)", part, re.DOTALL):
+            hoppers = arch == "90" and "step_kernel" in kind
+            assert int(registers) <= (HOPPERS_BUDGET if hoppers else BUDGET), (arch, kind)
             seen += 1
-    assert seen == 2 * len(code())
+    assert seen == sum(KERNELS.values()) * len(code())
 
 
 def test_a_gpu_that_the_kernels_cannot_run_on_is_left_to_others(
