@@ -14,6 +14,8 @@ from bench.report import (
     BASELINES,
     CURVES,
     LABELS,
+    UPDATE_BARS,
+    UPDATE_HEADINGS,
     Comparison,
     bars,
     comparisons,
@@ -26,8 +28,9 @@ from bench.report import (
     share,
     spread,
     times,
+    updates,
 )
-from bench.results import Results
+from bench.results import Results, Row
 from bench.shapes import TITLES
 
 NOTHING = "Not measured yet: `python -m bench`, then `python -m bench --docs`."
@@ -146,13 +149,26 @@ def _cases(results: Results, cases: Sequence[Comparison]) -> Iterator[str]:
             c.row.timing,
             c.row.subject,
             c.row.clock,
-            f"{duration(c.row.median)} ({duration(c.row.p10)} - {duration(c.row.p90)})",
+            _median(c.row),
             times(c.of_floor),
             *(times(c.times_faster(name)) for name in baselines),
         )
         for c in cases
     ]
     yield from table((*headings, *(LABELS.get(name, name) for name in baselines)), rows)
+
+
+def optimizers(results: Results) -> Iterator[str]:
+    rows = [
+        (u.about, _median(u.rows["torch"]), *(times(u.ratio(a, b)) for a, b, *_ in UPDATE_BARS))
+        for u in updates(results)
+        if "torch" in u.rows
+    ]
+    yield from table(UPDATE_HEADINGS, rows)
+
+
+def _median(row: Row) -> str:
+    return f"{duration(row.median)} ({duration(row.p10)} - {duration(row.p90)})"
 
 
 def curves(results: Results) -> Iterator[str]:
@@ -247,6 +263,7 @@ PARTS: dict[str, Callable[[Results], Iterator[str]]] = {
         models,
         combinations,
         warm,
+        optimizers,
         curves,
         training,
         memory,

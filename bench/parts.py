@@ -1,6 +1,6 @@
 """The parts of a run of the benchmarks, piece by piece; needs neither rich nor matplotlib.
 
-python -m bench.parts --out FOLDER   on a GPU, and only stored: models, scaling and memory, quickly
+python -m bench.parts --out FOLDER   on a GPU, and only stored: all but training, quickly
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from bench import memory, micro, scaling, whole_step
+from bench import memory, micro, optimizers, scaling, whole_step
 from bench.results import Failure, Results, Row, describe_machine
 from gradamp_fast import backends
 
-PARTS = ("models", "scaling", "training", "memory")
+PARTS = ("models", "optimizers", "scaling", "training", "memory")
 HEADLINE = "headline"  # of models, what is promised: lagged, a quarter amplified
 Unit = tuple[str, Callable[[], None]]
 
@@ -38,6 +38,15 @@ def units(
                 str(case),
                 lambda case=case: keep(  # type: ignore[misc]
                     micro.run_case(case, device, effort, quick)
+                ),
+            )
+    if "optimizers" in parts:
+        effort = micro.QUICK if quick else micro.FULL
+        for update in optimizers.cases(quick):
+            yield (
+                str(update),
+                lambda update=update: keep(  # type: ignore[misc]
+                    optimizers.run_case(update, device, effort)
                 ),
             )
     if "scaling" in parts:
@@ -75,7 +84,8 @@ def main() -> int:
     given = parser.parse_args()
     device = torch.device("cuda")
     results = Results(describe_machine(device), quick=True)
-    for label, piece in units(results, ("models", "scaling", "memory"), device, quick=True):
+    parts = [part for part in PARTS if part != "training"]
+    for label, piece in units(results, parts, device, quick=True):
         print(label, flush=True)
         try:
             piece()

@@ -16,6 +16,15 @@ from bench.shapes import TITLES
 PACKAGE = ("cuda", "triton", "cpu")  # backends that are meant to be fast, best first
 BASELINES = ("loop", "foreach", "compile", "torch", "foreach + clip", "clip_grad_norm_")
 LABELS = {"torch": "torch backend"}
+OPTIMIZERS = {"sgd": "SGD with momentum", "adamw": "AdamW"}
+# Subject, what its time is divided by, and the limit and the aim on a CPU.
+UPDATE_BARS = (
+    ("alone", "torch", 0.95, 0.85),
+    ("amplified", "torch", 1.00, 0.90),
+    ("amplified", "attach + torch", 0.75, 0.65),
+)
+UPDATE_HEADINGS = ("step", "torch, fused", *(f"{a} / {b}" for a, b, *_ in UPDATE_BARS))
+PROMISED_UPDATES = (("resnet50", "fp32"), ("gpt2", "fp32"))
 CURVES = {
     "elements": ("elements, in 8 tensors, 2 of them amplified", "ns an element"),
     "tensors": ("tensors with 16 M elements in all, all amplified", "ns a tensor"),
@@ -82,6 +91,33 @@ def headlines(results: Results, clock: str) -> list[Comparison]:
     ]
 
 
+@dataclass(frozen=True)
+class Update:
+    """Steps of one optimizer on one list of shapes, by subject."""
+
+    rule: str
+    rows: dict[str, Row]
+
+    @property
+    def about(self) -> str:
+        row = next(iter(self.rows.values()))
+        return f"{OPTIMIZERS[self.rule]}, {TITLES[row.model]} {row.dtype}"
+
+    def ratio(self, subject: str, other: str) -> float | None:
+        """Time of one by that of another; None if either was not measured."""
+        if subject not in self.rows or other not in self.rows:
+            return None
+        return self.rows[subject].median / self.rows[other].median
+
+
+def updates(results: Results) -> Iterator[Update]:
+    for rule in OPTIMIZERS:
+        rows = results.find(section=rule, clock=main_clock(results))
+        for model, dtype in dict.fromkeys((row.model, row.dtype) for row in rows):
+            mine = {row.subject: row for row in rows if (row.model, row.dtype) == (model, dtype)}
+            yield Update(rule, mine)
+
+
 # ---- what was promised --------------------------------------------------------------
 
 
@@ -125,6 +161,12 @@ def bars(results: Results) -> Iterator[Bar]:
                 yield Bar(what, ratio, "x", 1.5, True, 1.3)
     for row in results.find(section="small", tensors=161, subject="cpu"):
         yield Bar(f"161 one-element tensors, {row.cache}", row.median, "µs", 20, True)
+    for update in updates(results):
+        row = next(iter(update.rows.values()))
+        for subject, other, limit, aim in UPDATE_BARS:
+            ratio = update.ratio(subject, other)
+            if ratio is not None and (row.model, row.dtype) in PROMISED_UPDATES:
+                yield Bar(f"{subject} / {other}: {update.about}", ratio, "x", limit, True, aim)
     for memory in results.memory:
         if (memory.model, memory.dtype) == ("vit_b_16", "fp32"):
             what = "state and workspace, share of the gradients of ViT-B/16 fp32"
@@ -233,6 +275,17 @@ def show(results: Results, console: Console) -> None:
     if cells:
         title = "Steps on the gradients of models; under a baseline: how many times faster"
         console.print(_table(title, case_headings(baselines), cells))
+    steps = [
+        (
+            u.about,
+            duration(u.rows["torch"].median),
+            *(times(u.ratio(a, b)) for a, b, *_ in UPDATE_BARS),
+        )
+        for u in updates(results)
+        if "torch" in u.rows
+    ]
+    if steps:
+        console.print(_table("Optimizers: a step, by torch's", UPDATE_HEADINGS, steps))
     lines = [
         (CURVES[section][0], subject, duration(intercept), f"{slope:.3g} {CURVES[section][1]}")
         for section, subject, _, intercept, slope in curve_lines(results)

@@ -30,9 +30,10 @@ class Row:
     """One subject's times in one case, in microseconds.
 
     Attributes:
-        section: "models", "elements", "tensors" or "small".
+        section: "models", "elements", "tensors" or "small"; of optimizers "sgd" or "adamw".
         fraction: share of the elements amplified, as asked for; ``amplified`` is what it came to.
-        subject: a backend of the package, or a baseline.
+        subject: a backend of the package, or a baseline; of optimizers "torch", "alone",
+            "amplified" or "attach + torch".
         cache: "cold" or "warm".
         clock: "wall"; on a GPU also "host", "device" and "graph".
         bytes: that the subject has to move at least; 0 where that is not one number.

@@ -44,13 +44,20 @@ class Block(nn.Module):
 
 
 class SmallGPT(nn.Module):
-    """A GPT of 8 blocks of width 384 over 4,096 tokens: 17 million parameters."""
+    """A GPT; by default of 17 million parameters."""
 
-    def __init__(self, vocabulary: int = 4096, context: int = 128, width: int = 384) -> None:
+    def __init__(
+        self,
+        vocabulary: int = 4096,
+        context: int = 128,
+        width: int = 384,
+        blocks: int = 8,
+        heads: int = 6,
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.zeros(context, width))
-        self.blocks = nn.Sequential(*(Block(width, heads=6) for _ in range(8)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary)
 

@@ -8,6 +8,7 @@ python -m bench.accuracy more             other thresholds, and backward placeme
 python -m bench.accuracy report           tables and figures of what is there; runs nothing
 python -m bench.accuracy grow --help      growing amplification on digits
 python -m bench.accuracy growth --help    growing amplification on CIFAR-10
+python -m bench.accuracy language --help  growing amplification under AdamW on text
 python -m bench.accuracy thermometer --help    the direction against the learning rate
 
 Every command goes on where an earlier one ended, on whichever machine.
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from bench.accuracy import figures, grow, growth, models, report, thermometer
+from bench.accuracy import figures, grow, growth, language, models, report, thermometer
 from bench.accuracy.data import NAMES, DataMissing
 from bench.accuracy.presets import RECIPES, experiment_for, name_of
 from bench.accuracy.stages import STAGES, NotReady
@@ -70,7 +71,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv
-    others = {"grow": grow.main, "growth": growth.main, "thermometer": thermometer.main}
+    others = {
+        "grow": grow.main, "growth": growth.main, "language": language.main,
+        "thermometer": thermometer.main,
+    }  # fmt: skip
     if argv[:1] and argv[0] in others:
         return others[argv[0]](argv[1:])
     given = arguments(argv)

@@ -1,6 +1,6 @@
 """Growing amplification against plain training, at learning rates from far too low to too high.
 
-python -m bench.accuracy grow --data digits            the table: three networks, two optimizers
+python -m bench.accuracy grow --data digits            the table: three networks, three optimizers
 python -m bench.accuracy grow --data digits --edge     the edge: batches and schedules that hurt
 python -m bench.accuracy grow --data digits --report   tables of what is there; runs nothing
 python -m bench.accuracy grow --data digits --docs     writes them into docs/growing.md
@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from bench.accuracy import grow_report
+from bench.accuracy import grow_report, small_runs
 from bench.accuracy.data import DataMissing
 from bench.accuracy.grow_nets import NETWORKS
-from bench.accuracy.grow_runs import OPTIMIZERS, SCHEDULES, Row, Run, append, execute, read
-from bench.results import describe_machine
+from bench.accuracy.grow_runs import OPTIMIZERS, SCHEDULES, Row, Run, execute, read
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy" / "grow"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "growing.md"
@@ -36,9 +31,13 @@ TABLE_NETWORKS = ("mlp", "cnn_bn", "transformer")
 TABLE_RATES = {
     "SGD": (0.0025, 0.04, 0.64, 2.56),
     "momentum": (0.0005, 0.008, 0.128, 0.512),
+    "AdamW": (5e-5, 8e-4, 0.0128, 0.05),
 }
 EDGE_NETWORKS = ("deep", "layernorm", "cnn", "cnn_bn", "transformer", "linear")
-EDGE_RATES = {"momentum": (0.0005, 0.008, 0.032, 0.128)}
+EDGE_RATES = {
+    "momentum": (0.0005, 0.008, 0.032, 0.128),
+    "AdamW": (6e-5, 1e-3, 4e-3, 0.016),
+}
 EDGE_BATCHES = (8, 32, 512)
 
 
@@ -87,41 +86,12 @@ def wanted(given: argparse.Namespace) -> list[Run]:
     ]
 
 
-def work(runs: Sequence[Run], path: Path, given: argparse.Namespace) -> None:
-    """Runs what nobody has run yet, in order, and stores each as it ends."""
-    there = {row.run for row in read(path)}
-    left = [run for run in runs if run not in there]
-    print(f"{len(runs) - len(left)} of {len(runs)} runs are there", flush=True)
-    machine = describe_machine(torch.device("cpu"))
-    about = {
-        "device": machine["name"],
-        "torch": machine["torch"],
-        "commit": given.commit or machine["commit"],
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-    do = partial(execute, name=given.data, about=about)
-    if given.workers == 1:
-        one_thread()
-        store(map(do, left), path, len(left))
-        return
-    with multiprocessing.get_context("spawn").Pool(given.workers, one_thread) as pool:
-        store(pool.imap_unordered(do, left), path, len(left))
-
-
-def store(rows: Iterator[Row], path: Path, count: int) -> None:
-    for number, row in enumerate(rows, 1):
-        append(path, row)
-        print(
-            f"{number}/{count} {row.network}, {row.optimizer} {row.rate:g}, batch {row.batch}, "
-            f"{row.schedule}, {'growing' if row.grow else 'plain'}, seed {row.seed}: "
-            f"{row.accuracy:.1%}, {row.seconds:.1f} s",
-            flush=True,
-        )
-
-
-def one_thread() -> None:
-    """Networks as small as these are slower on several."""
-    torch.set_num_threads(1)
+def told(row: Row) -> str:
+    arm = "growing" if row.grow else "plain"
+    return (
+        f"{row.network}, {row.optimizer} {row.rate:g}, batch {row.batch}, {row.schedule}, {arm}, "
+        f"seed {row.seed}: {row.accuracy:.1%}"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -136,7 +106,8 @@ def main(argv: Sequence[str]) -> int:
             grow_report.write(DOCUMENT, rows_of)
             return 0
         if not given.report:
-            work(wanted(given), path, given)
+            do = partial(execute, name=given.data)
+            small_runs.work(wanted(given), path, Row, do, told, given.workers, given.commit)
         rows = read(path)
     except (DataMissing, ValueError) as error:
         sys.exit(f"python -m bench.accuracy grow: {error}")

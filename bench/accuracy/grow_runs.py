@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import gradamp_fast
 from bench.accuracy.data import Data, load
 from bench.accuracy.grow_nets import NETWORKS
-from bench.accuracy.lines import append_line, read_records
-from gradamp_fast import Amplifier
+from bench.accuracy.lines import read_records
 
 WARM_UP = 0.1  # share of the steps
 
@@ -36,6 +36,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 OPTIMIZERS: dict[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
     "SGD": lambda model, lr: torch.optim.SGD(model.parameters(), lr),
     "momentum": lambda model, lr: torch.optim.SGD(model.parameters(), lr, momentum=0.9),
+    "AdamW": lambda model, lr: gradamp_fast.optim.AdamW(model.parameters(), lr),
 }
 
 
@@ -77,18 +78,9 @@ class Row(Run):
         return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
 
 
-NAMES = [f.name for f in fields(Row)]
-
-
 def read(path: Path) -> list[Row]:
     """The rows of a file, none if there is no file; a last line without its end is not one."""
     return read_records(path, Row)
-
-
-def append(path: Path, row: Row) -> None:
-    """Adds a line; what an earlier command left unfinished is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    append_line(path, NAMES, asdict(row))
 
 
 @cache
@@ -130,7 +122,7 @@ def execute(run: Run, name: str, about: Mapping[str, Any]) -> Row:
     optimizer = OPTIMIZERS[run.optimizer](model, run.rate)
     amplifier = None
     if run.grow:
-        amplifier = Amplifier(model, grow=True)
+        amplifier = gradamp_fast.Amplifier(model, grow=True)
         amplifier.attach(optimizer)
     batches = iter(_batches(data, run.batch, torch.Generator().manual_seed(run.seed)))
     for step in range(run.steps):

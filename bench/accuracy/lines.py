@@ -6,7 +6,7 @@ import csv
 import fcntl
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,13 @@ def read_lines(path: Path, names: Sequence[str]) -> list[dict[str, str]]:
     if whole and reader.fieldnames != list(names):
         raise ValueError(f"{path}: has other columns than {', '.join(names)}")
     return list(reader)
+
+
+def append_record(path: Path, record: object) -> None:
+    """Adds what ``read_records`` reads; makes the file and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = asdict(record)  # type: ignore[call-overload]
+    append_line(path, list(cells), cells)
 
 
 def append_line(path: Path, names: Sequence[str], cells: Mapping[str, object]) -> None:

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -26,10 +24,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from bench.accuracy import models, thermometer_report
+from bench.accuracy import models, small_runs, thermometer_report
 from bench.accuracy.data import DataMissing, load
-from bench.accuracy.lines import append_line, read_records
-from bench.results import describe_machine
+from bench.accuracy.lines import read_records
 from gradamp_fast import Amplifier, Schedule
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy" / "thermometer"
@@ -94,9 +91,6 @@ class Row(Run):
     @property
     def run(self) -> Run:
         return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
-
-
-NAMES = [f.name for f in fields(Row)]
 
 
 def wanted() -> Iterator[Run]:
@@ -173,33 +167,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def work(path: Path, given: argparse.Namespace) -> None:
-    """Runs what nobody has run yet, in order, and stores each as it ends."""
-    there = {row.run for row in read_records(path, Row)}
-    left = [run for run in wanted() if run not in there]
-    machine = describe_machine(torch.device("cpu"))
-    about = {
-        "device": machine["name"],
-        "torch": machine["torch"],
-        "commit": given.commit or machine["commit"],
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    do = partial(execute, root=given.root, about=about)
-    with multiprocessing.get_context("spawn").Pool(given.workers, one_thread) as pool:
-        for number, row in enumerate(pool.imap_unordered(do, left), 1):
-            append_line(path, NAMES, asdict(row))
-            print(
-                f"{number}/{len(left)} {row.network}, {row.optimizer} {row.rate:g}, batch "
-                f"{row.batch}, seed {row.seed}: direction {row.direction:+.3f}, "
-                f"{row.accuracy:.1%}, {row.seconds:.1f} s",
-                flush=True,
-            )
-
-
-def one_thread() -> None:
-    """Networks as small as these are slower on several."""
-    torch.set_num_threads(1)
+def told(row: Row) -> str:
+    return (
+        f"{row.network}, {row.optimizer} {row.rate:g}, batch {row.batch}, seed {row.seed}: "
+        f"direction {row.direction:+.3f}, {row.accuracy:.1%}"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -208,7 +180,8 @@ def main(argv: Sequence[str]) -> int:
     path = given.out / f"{DATA}.csv"
     try:
         if not given.report:
-            work(path, given)
+            do = partial(execute, root=given.root)
+            small_runs.work(wanted(), path, Row, do, told, given.workers, given.commit)
         rows = read_records(path, Row)
     except (DataMissing, ValueError) as error:
         sys.exit(f"python -m bench.accuracy thermometer: {error}")

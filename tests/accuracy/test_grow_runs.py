@@ -11,7 +11,8 @@ import torch
 from bench.accuracy import __main__ as command
 from bench.accuracy import grow, grow_report
 from bench.accuracy.grow_nets import NETWORKS, SIDE
-from bench.accuracy.grow_runs import NAMES, SCHEDULES, Row, Run, append, read
+from bench.accuracy.grow_runs import SCHEDULES, Row, Run, read
+from bench.accuracy.lines import append_record
 
 RUN = Run("mlp", "momentum", 32, "linear", 600, 0.008, False, 0)
 ROW = Row(
@@ -49,14 +50,14 @@ def test_both_arms_of_every_cell() -> None:
 
 def test_a_line_cut_off_is_run_again(tmp_path: Path) -> None:
     path = tmp_path / "new" / "grow.csv"
-    append(path, ROW)
-    append(path, replace(ROW, seed=1))
+    append_record(path, ROW)
+    append_record(path, replace(ROW, seed=1))
     path.write_bytes(path.read_bytes()[:-10])
     assert read(path) == [ROW]
-    append(path, replace(ROW, grow=True))
+    append_record(path, replace(ROW, grow=True))
     assert read(path) == [ROW, replace(ROW, grow=True)]
     path.write_text("another,heading\n1,2\n")
-    with pytest.raises(ValueError, match=f"other columns than {NAMES[0]}"):
+    with pytest.raises(ValueError, match="other columns than network"):
         read(path)
 
 
@@ -87,7 +88,7 @@ def test_a_seed_that_one_arm_lacks_counts_for_neither() -> None:
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows({0.001: 3.0, 0.01: 0.0}):
-        append(tmp_path / "digits.csv", row)
+        append_record(tmp_path / "digits.csv", row)
     assert command.main(["grow", "--report", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "digits.md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()

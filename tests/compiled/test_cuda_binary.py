@@ -97,12 +97,12 @@ def test_every_architecture_has_code() -> None:
 
 @pytest.mark.parametrize("kind", KERNELS)
 def test_nothing_is_spilled(kind: str) -> None:
-    """But for two numbers, once a step of the pipeline, by Adam on sm_120."""
+    """But for eight bytes by Adam on sm_120, stored at three places and loaded at nine."""
     for arch, counts in kernels(kind):
-        stored, loaded = count(counts, "STL"), count(counts, "LDL")
-        most = 3 if (kind, arch) == ("update_kernel", 120) else 0
-        assert stored <= most, (arch, stored)
-        assert loaded <= most, (arch, loaded)
+        spilled = count(counts, "STL"), count(counts, "LDL")
+        assert spilled == (0, 0) or ((kind, arch), spilled) == (("update_kernel", 120), (3, 9)), (
+            arch, spilled
+        )  # fmt: skip
 
 
 def test_16_bytes_are_moved_at_once() -> None:

@@ -307,7 +307,7 @@ def test_figures(results: Results, tmp_path: Path) -> None:
 def test_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["modls"])
-    assert "choose from models, scaling, training, memory" in capsys.readouterr().err
+    assert "choose from models, optimizers, scaling, training, memory" in capsys.readouterr().err
 
 
 def test_the_table_of_state_sizes_is_that_of_the_models() -> None:
