@@ -104,6 +104,36 @@ def test_sgd_is_sgd_on_multiplied_gradients(
     assert {layer.acts_on for layer in inside.report().layers} == {"gradient"}
 
 
+@pytest.mark.parametrize("options", [{"min_steps": 20, "refresh": 10}, {"grow": True}], ids=str)
+def test_a_training_is_that_of_attach_and_torchs(place: Place, options: dict[str, Any]) -> None:
+    """300 steps of SGD with momentum and decay: losses side by side, within rounding."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(256, 10, generator=generator, dtype=torch.float64).to(place.device)
+    targets = (inputs[:, :1] * inputs[:, 1:2]).tanh()
+    losses: dict[str, list[float]] = {}
+    for kind in (optim.SGD, torch.optim.SGD):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 1)).double()
+        model.to(place.device)
+        amplifier = place.amplifier(model, **options)
+        optimizer = kind(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-3)
+        amplifier.attach(optimizer)
+        batches = torch.Generator().manual_seed(2)
+        of = losses[kind.__module__] = []
+        for _ in range(300):
+            chosen = torch.randint(256, (32,), generator=batches).to(place.device)
+            loss = nn.functional.mse_loss(model(inputs[chosen]), targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            of.append(loss.item())
+        layers = amplifier.report().layers
+        assert any(layer.selected or layer.factor > 1.5 for layer in layers)
+    ours, torchs = losses.values()
+    assert ours == pytest.approx(torchs, rel=1e-9)
+    assert sum(ours[-50:]) < 0.9 * sum(ours[:50])
+
+
 @pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW])
 @pytest.mark.parametrize(
     "options", [{}, {"match_norm": True}, {"max_norm": 0.5}, {"max_norm": 0.5, **LAGGED}], ids=str
