@@ -57,23 +57,33 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, Parameter]]:
     Names come without what wrappers inserted.
     """
     seen: set[int] = set()
-    clean: dict[str, str] = {}  # of each module's path
-    inserted: set[str] = set()
+    for prefix, module in _modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield prefix + name, parameter
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules()``, in half the time; with what the names of parameters begin with."""
+    seen: set[int] = set()
     wrapped: dict[type[nn.Module], str | None] = {}
-    for path, module in model.named_modules():
-        parent, _, own = path.rpartition(".")
-        prefix = clean.get(parent, "")
-        clean[path] = prefix if path in inserted else f"{prefix}.{own}" if prefix else own
+    left = [("", model)]
+    while left:
+        prefix, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield prefix, module
         kind = type(module)
         if kind not in wrapped:
             wrapped[kind] = _wrapped_child(kind)
-        if child := wrapped[kind]:
-            inserted.add(f"{path}.{child}" if path else child)
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield f"{clean[path]}.{name}" if clean[path] else name, parameter
+        inserted = wrapped[kind]
+        left += [
+            (prefix if name == inserted else f"{prefix}{name}.", child)
+            for name, child in reversed(module._modules.items())
+            if child is not None
+        ]
 
 
 class Skeleton:
@@ -83,7 +93,7 @@ class Skeleton:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [weakref.ref(module) for module in model.modules()]
+        self._modules = [weakref.ref(module) for _, module in _modules(model)]
         self._parts = self._look()
 
     @property
@@ -126,8 +136,9 @@ def find_layers(
     by the first FSDP, and for gradients that are kept in ``main_grad``.
     """
     _prepare_fsdp(model)
-    included = _matcher("include", options.include, model, True, check_names)
-    left_out = _matcher("exclude", options.exclude, model, False, check_names)
+    included = _matcher("include", options.include, model, check_names)
+    left_out = _matcher("exclude", options.exclude, model, check_names)
+    kernels_alone = options.exclude_bias_and_norm
     members: list[Member] = []
     watched: list[Parameter] = []
     for name, parameter in named_parameters(model):
@@ -142,11 +153,13 @@ def find_layers(
                 "Engine do, and what is in .grad means nothing: switch gradient accumulation "
                 "fusion off, or freeze the parameter for the Amplifier"
             )
-        layer: str | None = None
-        unwanted = id(parameter) in excluded or left_out(name) or not included(name)
-        if not unwanted and not (options.exclude_bias_and_norm and parameter.ndim <= 1):
-            layer = _layer_of(name, options)
-        members.append((name, parameter, layer))
+        unwanted = (
+            id(parameter) in excluded
+            or (left_out is not None and left_out(name))
+            or (included is not None and not included(name))
+            or (kernels_alone and parameter.ndim <= 1)
+        )
+        members.append((name, parameter, None if unwanted else _layer_of(name, options)))
     if not members:
         raise ValueError("the model has no trainable parameter: nothing could be amplified")
     plan = make_plan(_shared_out(members, shares), watched)
@@ -158,11 +171,13 @@ def find_layers(
     return plan
 
 
-def _shared_out(members: Sequence[Member], shares: Mapping[int, int]) -> list[Member]:
+def _shared_out(members: Sequence[Member], shares: Mapping[int, int]) -> Sequence[Member]:
     """Each optimizer's share of a layer under a name of its own: ``name``, ``name#2``, ...
 
     What no optimizer holds goes with the first.
     """
+    if not shares:
+        return members
     holders: dict[str, set[int]] = {}
     for _, parameter, layer in members:
         if layer is not None and id(parameter) in shares:
@@ -199,18 +214,16 @@ def _prepare_fsdp(model: nn.Module) -> None:
 
 
 def _layer_of(name: str, options: Options) -> str | None:
-    if callable(options.group_by):
-        return options.group_by(name)
-    return name if options.group_by == "tensor" else name.rpartition(".")[0]
+    if options.group_by == "module":
+        return name.rpartition(".")[0]
+    return name if options.group_by == "tensor" else options.group_by(name)
 
 
 def _matcher(
-    option: str, names: Names | None, model: nn.Module, default: bool, check_names: bool
-) -> Callable[[str], bool]:
-    """A predicate over parameter names."""
-    if names is None:
-        return lambda name: default
-    if callable(names):
+    option: str, names: Names | None, model: nn.Module, check_names: bool
+) -> Callable[[str], bool] | None:
+    """A predicate over parameter names; None if the option is left out."""
+    if names is None or callable(names):
         return names
     globs = list(names)
     known = [name for name, _ in named_parameters(model)]

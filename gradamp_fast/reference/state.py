@@ -80,7 +80,7 @@ class State:
             self.values = torch.zeros(numbers, dtype=torch.float64, device=device)
             self.sketch = torch.zeros((2, plan.buckets), dtype=torch.float32, device=device)
             self.parity = torch.zeros(plan.measured, dtype=torch.int32, device=device)
-        self.reset()
+        self._begin()
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +112,10 @@ class State:
             tensor.zero_()
         self.column("on_update").copy_(on_update)
         self.members.clear()
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is not 0 before the first step."""
         self.scalar("epoch").fill_(-1.0)
         self.scalar("threshold").fill_(float("nan"))
         self.scalar("factor").fill_(self.factor)
