@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
+import torch
+
 from .. import reference
 from ..call import Call
 from ..model.plan import Plan
 from ..options import Rules
-from ..reference.state import GLOBAL_FIELDS, LAYER_FIELDS, State
+from ..reference.state import GLOBAL_FIELDS, State
 from . import export, table
 from .numbers import LayerReport, Numbers
 
@@ -79,35 +81,55 @@ def make_report(snapshot: Snapshot) -> Report:
     )
     factor = reference.active_factor(state, rules, Call())
     multipliers = reference.multipliers(state, rules, factor).tolist()
-    rows = state.layers.tolist()
-    layers = []
-    for index, (name, numel) in enumerate(zip(snapshot.layers, snapshot.layer_numel, strict=True)):
-        row = dict(zip(LAYER_FIELDS, rows[index], strict=True))
-        selected = row["selected"] != 0
-        changed_at = min(int(row["changed_at"]) * rules.measure_every, step)
-        temporal = max(row["power"] - row["mean_power"], 0.0) / numel if numel else math.nan
-        layers.append(
-            LayerReport(
-                name=name,
-                numel=numel,
-                steps=int(row["steps"]),
-                variance=row["variance"],
-                temporal_variance=temporal,
-                fluctuation=fluctuation[index],
-                direction=-direction[index],
-                score=score[index],
-                selected=selected,
-                factor=multipliers[index],
-                acts_on="update" if row["on_update"] else "gradient",
-                settled=row["settled"] != 0,
-                amplified_steps=int(row["amplified_steps"]),
-                amplified_share=row["amplified_steps"] / (step - skipped)
-                if step > skipped
-                else 0.0,
-                changed_at=changed_at,
-                steps_since_change=step - changed_at if selected or changed_at else None,
-            )
+    numel = torch.tensor(snapshot.layer_numel, dtype=torch.float64)
+    temporal = (state.column("power") - state.column("mean_power")).clamp(min=0.0) / numel
+    counted = state.column("amplified_steps")
+    shares = counted / (step - skipped) if step > skipped else torch.zeros_like(counted)
+    changes = (state.column("changed_at") * rules.measure_every).clamp(max=step)
+    chosen = state.column("selected") != 0
+    since = step - changes.where(chosen | (changes != 0), torch.nan)
+    layers = [
+        LayerReport(
+            name=name,
+            numel=size,
+            steps=int(steps),
+            variance=variance,
+            temporal_variance=temporal_variance,
+            fluctuation=f,
+            direction=-d,
+            score=s,
+            selected=selected,
+            factor=multiplier,
+            acts_on="update" if on_update else "gradient",
+            settled=settled,
+            amplified_steps=int(amplified),
+            amplified_share=share,
+            changed_at=int(changed_at),
+            steps_since_change=None if math.isnan(steps_since) else int(steps_since),
         )
+        for (
+            name, size, steps, variance, temporal_variance, f, d, s, selected, multiplier,
+            on_update, settled, amplified, share, changed_at, steps_since,
+        ) in zip(
+            snapshot.layers,
+            snapshot.layer_numel,
+            state.column("steps").tolist(),
+            state.column("variance").tolist(),
+            temporal.tolist(),
+            fluctuation,
+            direction,
+            score,
+            chosen.tolist(),
+            multipliers,
+            state.column("on_update").tolist(),
+            (state.column("settled") != 0).tolist(),
+            counted.tolist(),
+            shares.tolist(),
+            changes.tolist(),
+            since.tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip
     return Report(
         layers=tuple(layers),
         threshold=values["threshold"],
