@@ -48,8 +48,15 @@ inline V load_bytes(const void* p) {
   return v;
 }
 
+// GCC makes two halves of it, and puts them together.
 inline u32v widen_words(const void* p) {
+#if defined(__AVX512F__)
+  return bits_as<u32v>(_mm512_maskz_cvtepu16_epi32(0xffff, load_bytes<__m256i>(p)));
+#elif defined(__AVX2__)
+  return bits_as<u32v>(_mm256_cvtepu16_epi32(load_bytes<__m128i>(p)));
+#else
   return __builtin_convertvector(load_bytes<u16v>(p), u32v);
+#endif
 }
 
 // ---- to fp32 ------------------------------------------------------------------------
@@ -88,10 +95,15 @@ inline void store(float* p, f32v x) { std::memcpy(p, &x, sizeof x); }
 
 inline void store(bf16* p, f32v x) {
   const u32v u = bits_as<u32v>(x);
-  const u32v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const u32v is_nan = bits_as<u32v>(x != x);
-  const u32v half = (is_nan & 0x7fc0u) | (~is_nan & rounded);
+  const u32v rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const u32v half = (x != x ? u32v{} + 0x7fc00000u : rounded) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i words = bits_as<__m256i>(half);
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+#else
   const u16v packed = __builtin_convertvector(half, u16v);
+#endif
   std::memcpy(p, &packed, sizeof packed);
 }
 
