@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bench.accuracy import growth_stages, paper_stages, statistics, thermometer_report
+from bench.accuracy import (
+    growth_stages,
+    paper_stages,
+    peer_stages,
+    statistics,
+    thermometer_report,
+)
 from bench.accuracy.growth_stages import BEST, HIGH, LOW, Growth, name_of
 from bench.accuracy.report import percent
 from bench.accuracy.stages import NotReady
@@ -31,12 +37,13 @@ def findings(growth: Growth, rows: Rows, measured: Sequence[Row]) -> list[str]:
         f"{found.mean('plain', LOW)} %: {found.said('growing', LOW, 'plain', LOW)} Against plain "
         f"at its tuned best, {found.mean('plain', BEST)} %: "
         f"{found.said('growing', LOW, 'plain', BEST)}",
-        f"- **The tuned rate:** {found.said('growing', BEST, 'plain', BEST)} {found.alike()}",
-        f"- **A rate 8 times too high:** growing {found.mean('growing', HIGH)} %, plain "
+        f"- **The tuned rate, and 8 times that:** {found.said('growing', BEST, 'plain', BEST)} "
+        f"{found.alike()} 8 times too high: growing {found.mean('growing', HIGH)} %, plain "
         f"{found.mean('plain', HIGH)} %: {found.said('growing', HIGH, 'plain', HIGH)}",
         f"- **A factor for each layer rather than one for the model:** 64 times too low "
         f"{found.said('growing', LOW, 'one factor', LOW)} At the tuned rate "
         f"{found.said('growing', BEST, 'one factor', BEST)}",
+        f"- **Beside optimizers that find a rate by themselves:** {peers(growth, rows)}",
         f"- **The thermometer:** {thermometer_report.verdict(curves)}",
         f"- **A fixed factor of 2 on chosen layers:** {fixed(growth, rows)}",
         "",
@@ -97,6 +104,20 @@ def reading(interval: Interval, p: float) -> str:
     if interval.low > -TOLERATED:
         return f"not worse by {100 * TOLERATED:g} points"
     return "no difference shown"
+
+
+def peers(growth: Growth, rows: Rows) -> str:
+    """Growing from far too low a rate minus each of them."""
+    found = peer_stages.differences(growth, rows)
+    p = corrected(found)
+    growing = name_of("growing", LOW)
+    told = [
+        f"{pair[1]} {percent(interval, (), signed=True)} points, {reading(interval, p[pair])}"
+        for pair, interval in found.items()
+        if interval is not None and pair[0] == growing
+    ]
+    start = f"growing from a rate {1 / LOW:g} times too low minus "
+    return start + "; ".join(told) + "." if told else "not measured yet."
 
 
 def fixed(growth: Growth, rows: Rows) -> str:

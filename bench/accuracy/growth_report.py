@@ -94,10 +94,15 @@ def paper(growth: Growth, rows: Rows) -> list[str]:
 
 def peers(growth: Growth, rows: Rows) -> list[str]:
     """Optimizers that find a learning rate by themselves."""
-    adamw = peer_stages.adamw(growth)
-    best = growth_stages.best(adamw, rows).lr
     found = peer_stages.differences(growth, rows)
     jobs = peer_stages.arms(growth, rows)
+    if not peer_stages.adamw_is_tuned(growth, rows):
+        best = growth_stages.best(growth, rows).lr
+        known = {pair: i for pair, i in found.items() if "AdamW" not in pair[0]}
+        missing = "AdamW, plain and growing, was not run."
+        return [*arms(jobs, rows, best), missing, "", *contrasts(known)]
+    adamw = peer_stages.adamw(growth)
+    best = growth_stages.best(adamw, rows).lr
     return [*tuning(adamw, rows), *arms(jobs, rows, best), *contrasts(found)]
 
 

@@ -48,14 +48,18 @@ def adamw(growth: Growth) -> Growth:
     return replace(growth, family=family, rates=ADAMW_RATES, tune_seeds=range(1))
 
 
+def adamw_is_tuned(growth: Growth, rows: Rows) -> bool:
+    return stages.complete(growth_stages.tune(adamw(growth), rows), rows)
+
+
 def arms(growth: Growth, rows: Rows) -> list[Job]:
-    best = growth_stages.best(adamw(growth), rows)
-    low = best._replace(lr=ADAMW_LOW)
+    """AdamW's once it is tuned."""
     jobs = []
     for seed in growth.seeds:
-        for arm, tuned, amplify in ADAMW:
-            run = adamw(growth).family.run(seed, best if tuned else low, amplify, test=True)
-            jobs.append(Job(arm, run))
+        for arm, tuned, amplify in ADAMW if adamw_is_tuned(growth, rows) else ():
+            best = growth_stages.best(adamw(growth), rows)
+            rate = best if tuned else best._replace(lr=ADAMW_LOW)
+            jobs.append(Job(arm, adamw(growth).family.run(seed, rate, amplify, test=True)))
         for name in PEERS:
             recipe = replace(growth.family.recipe, optimizer=name)
             family = replace(growth.family, recipe=recipe)

@@ -31,7 +31,7 @@ from bench.accuracy import (
 from bench.accuracy import thermometer_report as report
 from bench.accuracy.data import load
 from bench.accuracy.growth_stages import ARMS, CONTRASTS, Growth, name_of
-from bench.accuracy.lines import append_line, read_records
+from bench.accuracy.lines import append_record, read_records
 from bench.accuracy.optimizers import OptimizerMissing
 from bench.accuracy.runs import Row, Run, growth_of, stored_options
 from bench.accuracy.stages import Family, Job, NotReady
@@ -239,9 +239,10 @@ def test_the_findings_say_what_the_intervals_allow() -> None:
     rows |= told(jobs, {"growing, best/64": 0.8, "plain, 8 x best": 0.704, "one factor, best": 0.6})
     text = "\n".join(growth_findings.findings(TINY, rows, measured(CURVE)))
     assert "plain 70.10 [69.85, 70.35] %: +10.00 [+9.77, +10.23] points, better." in text
-    assert "**The tuned rate:** +0.00 [-0.23, +0.23] points, not worse by 0.3 points." in text
+    tuned_rate = "**The tuned rate, and 8 times that:** +0.00 [-0.23, +0.23] points, not worse by"
+    assert f"{tuned_rate} 0.3 points." in text
     assert "In 3 of 3 seeds nothing grew, and the runs are the same." in text
-    assert "**A rate 8 times too high:** growing 70.10 [69.85, 70.35] %, plain 70.50" in text
+    assert "8 times too high: growing 70.10 [69.85, 70.35] %, plain 70.50" in text
     assert "-0.40 [-0.63, -0.17] points, worse." in text
     assert "At the tuned rate +10.00" in text
     assert "crosses zero in 1 of 1 settings" in text
@@ -261,6 +262,22 @@ def test_the_findings_count_the_arms_of_the_published_idea() -> None:
     assert f"1 of {arms} arms are better than plain at the same rate and 1 are worse" in said
     assert "(-5.00 to +5.00 points, 3 seeds)." in said
     assert "warm-up" not in said
+
+
+def test_peers_are_shown_before_adamw_is_tuned() -> None:
+    rows = tuned()
+    rows |= told(growth_stages.contrasts(TINY, rows), {"growing, best/64": 0.8})
+    jobs = peer_stages.arms(TINY, rows)
+    assert {job.arm for job in jobs} == set(peer_stages.PEERS)
+    rows |= told(jobs, {"prodigy": 0.85})
+    page = "\n".join(growth_report.peers(TINY, rows))
+    assert "| growing, best/64 - prodigy | -5.00 [" in page
+    assert "AdamW, plain and growing, was not run." in page
+    assert "AdamW growing" not in page
+    text = growth_findings.peers(TINY, rows)
+    assert text.startswith("growing from a rate 64 times too low minus prodigy -5.00 [")
+    assert "worse; d-adapt sgd" in text
+    assert growth_findings.peers(TINY, tuned()) == "not measured yet."
 
 
 def test_the_document_is_filled_once(tmp_path: Path) -> None:
@@ -358,7 +375,7 @@ def test_a_measured_run_is_a_plain_one(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(thermometer, "READINGS", range(0))
     monkeypatch.setattr(thermometer, "fmean", lambda readings: 0.0)
     assert thermometer.execute(run, "nowhere", about).loss == row.loss
-    append_line(tmp_path / "rows.csv", thermometer.NAMES, vars(row))
+    append_record(tmp_path / "rows.csv", row)
     assert read_records(tmp_path / "rows.csv", thermometer.Row) == [row]
 
 
