@@ -81,7 +81,7 @@ def make_report(snapshot: Snapshot) -> Report:
     )
     factor = reference.active_factor(state, rules, Call())
     multipliers = reference.multipliers(state, rules, factor).tolist()
-    numel = torch.tensor(snapshot.layer_numel, dtype=torch.float64)
+    numel = torch.tensor(snapshot.layer_numel, dtype=torch.float64, device="cpu")
     temporal = (state.column("power") - state.column("mean_power")).clamp(min=0.0) / numel
     counted = state.column("amplified_steps")
     shares = counted / (step - skipped) if step > skipped else torch.zeros_like(counted)

@@ -23,7 +23,16 @@ pytest.importorskip("matplotlib")
 import test_train  # noqa: F401  # skips where torchvision cannot be imported
 
 from bench.accuracy import __main__ as command
-from bench.accuracy import figures, grow, growth, repeatability, report, stages, thermometer
+from bench.accuracy import (
+    figures,
+    grow,
+    growth,
+    language,
+    repeatability,
+    report,
+    stages,
+    thermometer,
+)
 from bench.accuracy.data import Data
 from bench.accuracy.presets import name_of
 from bench.accuracy.repeatability import judge, lag
@@ -468,7 +477,8 @@ def test_the_page_s_commands_are_understood() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "accuracy.md").read_text()
     found = re.findall(r"^python -m bench\.accuracy (.*)$", page, re.MULTILINE)
     assert len(found) > 7
-    others, names = {"grow": grow, "growth": growth, "thermometer": thermometer}, set()
+    others = {"grow": grow, "growth": growth, "language": language, "thermometer": thermometer}
+    names = set()
     for line in found:
         name, *rest = line.partition("#")[0].split()
         if name in others:
