@@ -77,7 +77,7 @@ def part(rows: Sequence[Row]) -> Iterator[str]:
     of = {row.run: row.loss for row in rows}
     there = [rate for rate in RATES if any(r in of for r in tuning() if r.rate == rate)]
     means = [fmean(of[r] for r in tuning() if r.rate == rate and r in of) for rate in there]
-    yield "Plain, tuned on the validation files:"
+    yield "Plain, tuned on the validation files, one seed:"
     yield ""
     yield from table(
         ("learning rate", *(f"{rate:g}" for rate in there)),
