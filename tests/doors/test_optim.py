@@ -176,7 +176,9 @@ def test_dtypes(place: Place, kind: Any, options: dict[str, Any], dtype: torch.d
     """State has the parameter's dtype, and is rounded as torch's fused classes round it."""
     mine, other = parameters(dtype, place.device), parameters(dtype, place.device)
     ours = kind(mine, **options)
-    others = theirs(kind)(other, **options, fused=not dtype.is_complex)
+    # Before 2.14 torch's fused SGD on a CPU is wrong in 16 bits once there is momentum.
+    broken = kind is optim.SGD and dtype.itemsize == 2 and torch.__version__ < "2.14"
+    others = theirs(kind)(other, **options, fused=not (dtype.is_complex or broken))
     for step in range(3):
         give(mine, other, seed=step)
         ours.step()
