@@ -7,6 +7,7 @@ times as large as the cache.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -232,7 +233,9 @@ class WithAmplifier(Step):
     def __init__(self, bench: Bench, kind: type[Optimizer]) -> None:
         super().__init__(bench, kind)
         self.amplifier = bench.amplifier(self.model)
-        self.amplifier.attach(self.optimizer)
+        with warnings.catch_warnings():  # that AdamW divides the factor out
+            warnings.simplefilter("ignore")
+            self.amplifier.attach(self.optimizer)
 
     def take(self, buffers: Buffers, factor: float) -> None:
         super().take(buffers, factor)
