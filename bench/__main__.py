@@ -3,7 +3,6 @@
 python -m bench                      everything; minutes on two cores
 python -m bench --quick              a first look, in about one minute
 python -m bench models training      parts of it
-python -m bench optimizers --out bench/results/optimizers    one part, stored for the document
 python -m bench headline             of models, only lagged with a quarter amplified
 python -m bench --compare OLD.json   what got slower since OLD.json was stored
 python -m bench --docs               docs/benchmarks.md and the figures, from stored results

@@ -277,15 +277,8 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def results_in(folder: Path) -> Sequence[Results]:
-    """All results in a folder, the CPU's before the GPU's; then what `optimizers/` in it holds.
-
-    That part may have been measured on its own.
-    """
-    return [
-        Results.load(path)
-        for place in (folder, folder / "optimizers")
-        for path in sorted(place.glob("*.json"), key=_cpu_first)
-    ]
+    """All results in a folder, by name: the CPU's before the GPU's."""
+    return [Results.load(path) for path in sorted(folder.glob("*.json"), key=_cpu_first)]
 
 
 def _cpu_first(path: Path) -> tuple[bool, str]:
