@@ -18,6 +18,7 @@ import gradamp_fast
 from bench.accuracy.data import Data, load
 from bench.accuracy.grow_nets import NETWORKS
 from bench.accuracy.lines import read_records
+from bench.accuracy.small_runs import grown
 
 WARM_UP = 0.1  # share of the steps
 
@@ -136,12 +137,7 @@ def execute(run: Run, name: str, about: Mapping[str, Any]) -> Row:
     model.eval()
     with torch.no_grad():
         correct = model(test).argmax(1) == data.test_labels
-    factor, settled = 1.0, 0.0
-    if amplifier is not None:
-        layers = amplifier.report().layers
-        elements = sum(layer.numel for layer in layers)
-        factor = math.exp(sum(a.numel * math.log(a.factor) for a in layers) / elements)
-        settled = sum(layer.settled for layer in layers) / len(layers)
+    factor, settled = grown(amplifier)
     return Row(
         **asdict(run),
         accuracy=float(correct.double().mean()),

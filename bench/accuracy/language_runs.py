@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sysconfig
 import time
 from collections.abc import Mapping
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gradamp_fast
+from bench.accuracy.grow_runs import SCHEDULES
+from bench.accuracy.small_runs import grown
 from bench.whole_step import SmallGPT
 
 CONTEXT = 64  # characters
 BATCH = 16  # sequences
 STEPS = 600
-WARM_UP = 0.1  # share of the steps
 DECAY = 0.01
 HELD_OUT = 256  # sequences of each part that is not trained on
 
@@ -111,8 +111,7 @@ def loss_of(model: nn.Module, sequences: Tensor) -> Tensor:
 
 def rate_at(run: Run, step: int) -> float:
     """Rises to the run's rate, then falls linearly to 0."""
-    done = (step + 1) / (STEPS + 1)
-    return run.rate * min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
+    return run.rate * SCHEDULES["warm-up"]((step + 1) / (STEPS + 1))
 
 
 def execute(run: Run, about: Mapping[str, Any], steps: int = STEPS) -> Row:
@@ -141,12 +140,7 @@ def execute(run: Run, about: Mapping[str, Any], steps: int = STEPS) -> Row:
     model.eval()
     with torch.no_grad():
         loss = loss_of(model, held_out(getattr(source, run.part)))
-    factor, settled = 1.0, 0.0
-    if amplifier is not None:
-        layers = amplifier.report().layers
-        elements = sum(layer.numel for layer in layers)
-        factor = math.exp(sum(a.numel * math.log(a.factor) for a in layers) / elements)
-        settled = sum(layer.settled for layer in layers) / len(layers)
+    factor, settled = grown(amplifier)
     return Row(
         **asdict(run),
         loss=float(loss),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
@@ -13,6 +14,7 @@ import torch
 
 from bench.accuracy.lines import append_record, read_records
 from bench.results import describe_machine
+from gradamp_fast import Amplifier
 
 Outcome = TypeVar("Outcome", bound="Finished")
 
@@ -54,6 +56,16 @@ def work(
     for number, row in enumerate(_made(left, partial(execute, about=about), workers), 1):
         append_record(path, row)
         print(f"{number}/{len(left)} {told(row)}, {row.seconds:.1f} s", flush=True)
+
+
+def grown(amplifier: Amplifier | None) -> tuple[float, float]:
+    """Geometric mean of the layers' factors, weighted by elements; share of layers that settled."""
+    if amplifier is None:
+        return 1.0, 0.0
+    layers = amplifier.report().layers
+    elements = sum(layer.numel for layer in layers)
+    factor = math.exp(sum(a.numel * math.log(a.factor) for a in layers) / elements)
+    return factor, sum(layer.settled for layer in layers) / len(layers)
 
 
 def _made(runs: list[Any], execute: Callable[[Any], Outcome], workers: int) -> Iterator[Outcome]:
