@@ -18,12 +18,12 @@ from .model.gradients import GradientReader, state_device
 from .model.optimizers import Holding
 from .model.plan import Plan
 from .model.rounds import Rounds
-from .model.walk import Skeleton, find_layers, unwrap
+from .model.walk import Skeleton, find_layers, find_modules, unwrap
 from .options import Options
 from .reference import end_round, nonfinite_layers
 from .reference.state import State
 
-_OWNERS: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
+_OWNERS: dict[int, weakref.ref[BoundModel]] = {}  # by the ids of parameters, which they keep alive
 _BOUND: weakref.WeakValueDictionary[int, BoundModel] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count()
 _LOOK_EVERY = 100  # steps at most, where nothing else asks for it
@@ -34,6 +34,13 @@ Mask = Callable[[Plan], bytes | None]
 def find(handle: int) -> BoundModel | None:
     """The one of that handle, if it lives."""
     return _BOUND.get(handle)
+
+
+def _disown(parameters: list[int]) -> None:
+    """Nobody owns these parameters any more; the list is empty then."""
+    for parameter in parameters:
+        _OWNERS.pop(parameter, None)
+    parameters.clear()
 
 
 class BoundModel:
@@ -85,6 +92,7 @@ class BoundModel:
         self._suspensions = 0
         self._any_on_update = False
         _BOUND[self.handle] = self
+        weakref.finalize(self, _disown, self._owned).atexit = False
 
     @property
     def model(self) -> nn.Module | None:
@@ -230,9 +238,7 @@ class BoundModel:
         self._backend = None
         for holding in self.holdings:
             holding.let_go()
-        for identity in self._owned:
-            _OWNERS.pop(identity, None)
-        self._owned = []
+        _disown(self._owned)
         self.plan = self.plan.without_parameters()
 
     # ---- the state ------------------------------------------------------------------
@@ -269,10 +275,17 @@ class BoundModel:
         if model is None:
             return
         bound = {id(slot.parameter) for slot in self.plan.slots} if self._owned else ()
+        modules = find_modules(model)
         plan = find_layers(
-            model, self._options, self._excluded, bound, self._shares, check_names=False
+            model,
+            self._options,
+            self._excluded,
+            bound,
+            self._shares,
+            check_names=False,
+            modules=modules,
         )
-        self._skeleton = Skeleton(model)
+        self._skeleton = Skeleton(modules)
         self._period = min(_LOOK_EVERY, 1 + self._skeleton.parts // _PARTS_A_STEP)
         self._unlooked = 0
         device = state_device(plan)
@@ -311,17 +324,18 @@ class BoundModel:
             self.prepare()
 
     def _own(self, plan: Plan) -> None:
+        mine = weakref.ref(self)
         for slot in plan.slots:
-            if _OWNERS.get(id(slot.parameter), self) is not self:
+            owner = _OWNERS.get(id(slot.parameter), mine)
+            if owner is not mine and owner() is not None:
                 raise ValueError(
                     f"parameter {slot.name!r} already belongs to another living Amplifier: use "
                     "that one, or let go of it first (an optimizer it is attached to holds it, and "
                     "so does fused_amplify until gradamp_fast.reset(model))"
                 )
-        for identity in self._owned:
-            _OWNERS.pop(identity, None)
-        self._owned = [id(slot.parameter) for slot in plan.slots]
-        _OWNERS.update(dict.fromkeys(self._owned, self))
+        _disown(self._owned)
+        self._owned += (id(slot.parameter) for slot in plan.slots)
+        _OWNERS.update(dict.fromkeys(self._owned, mine))
 
     # ---- its optimizers -------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def save(plan: Plan, state: State, options: Options) -> dict[str, Any]:
     collective.
     """
     members = state.members
-    sketches, cuts = _put_together(plan, state.means(plan, torch.device("cpu")))
+    sketches, cuts = _put_together(plan, state.means(plan))
     return {
         "schema": SCHEMA,
         "options": options.to_checkpoint(),

@@ -176,9 +176,9 @@ class GradientReader:
 
 def state_device(plan: Plan) -> torch.device:
     """Where the gradients are, or, before there are any, the parameters; the CPU for meta."""
-    tensors: list[Tensor] = [slot.parameter for slot in plan.slots]
-    gradients = [parameter.grad for parameter in tensors if parameter.grad is not None]
-    device = (gradients or tensors)[0].device
+    gradients = (slot.parameter.grad for slot in plan.slots)
+    tensor = next((gradient for gradient in gradients if gradient is not None), None)
+    device = (plan.slots[0].parameter if tensor is None else tensor).device
     return torch.device("cpu") if device.type == "meta" else device
 
 

@@ -8,16 +8,15 @@ of the Triton kernels are made of these.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..model.members import Members
-from ..model.plan import Plan, Slot
+from ..model.plan import Plan
 from ..options import Measure, ScheduleUnit, Select, Threshold
 
 GLOBAL_FIELDS = (
@@ -172,26 +171,29 @@ class State:
         self.column("settled").zero_()
         self.column("least_variance").fill_(FIRST["least_variance"])
 
-    def means(self, plan: Plan, device: torch.device | None = None) -> dict[str, Tensor]:
-        """Each measured tensor's running means by parameter name: views of one copy, on `device`.
+    def means(self, plan: Plan) -> dict[str, Tensor]:
+        """Each measured tensor's running means by parameter name: views of one copy on the CPU."""
+        means = self._newest_means(plan).cpu()
+        used = means[_places(plan, [True] * plan.measured)]
+        return dict(zip(plan.measured_names, used.split(plan.measured_buckets), strict=True))
 
-        None: on the state's own.
-        """
+    def take_means(self, plan: Plan, means: Mapping[str, Tensor]) -> None:
+        """Writes running means, where given, into both rows, and 0 elsewhere."""
+        given = [name in means for name in plan.measured_names]
+        row = torch.zeros(self.sketch.shape[1], device="cpu")
+        if any(given):
+            places = _places(plan, given)
+            parts = [means[name].cpu() for name in compress(plan.measured_names, given)]
+            row[: len(places)][places] = torch.cat(parts).to(row)
+        self.parity.zero_()
+        self.sketch.copy_(row)
+
+    def _newest_means(self, plan: Plan) -> Tensor:
+        """The valid one of the two rows, tensor by tensor: fp32 [sum of the spans]."""
         spans = torch.tensor(plan.spans, device=self.device)
         newest = self.parity.repeat_interleave(spans, output_size=sum(plan.spans)).bool()
         sketch = self.sketch[:, : len(newest)]
-        means = sketch[1].where(newest, sketch[0]).to(device or self.device)
-        return {slot.name: part for slot, part in _parts(plan, means)}
-
-    def take_means(self, plan: Plan, means: dict[str, Tensor]) -> None:
-        """Writes running means, where given, into both rows, and 0 elsewhere."""
-        device = next((tensor.device for tensor in means.values()), self.device)
-        row = torch.zeros(self.sketch.shape[1], device=device)
-        given = {s.name: part for s, part in _parts(plan, row) if s.name in means}
-        if given:
-            torch._foreach_copy_(list(given.values()), [means[name] for name in given])
-        self.parity.zero_()
-        self.sketch.copy_(row)
+        return sketch[1].where(newest, sketch[0])
 
     def inherit(self, plan: Plan, old: State, old_plan: Plan) -> None:
         """Takes over what another plan's state knows of this plan's layers, by name.
@@ -200,46 +202,59 @@ class State:
         begins anew.
         """
         self.values[: len(GLOBAL_FIELDS)] = old.values[: len(GLOBAL_FIELDS)]
-        measured = plan.slots[: plan.measured]
-        changed = self._inherit_members(plan, old, old_plan)
+        inherited, changed = self._inherit_members(plan, old, old_plan)
         rows = {name: index for index, name in enumerate(old_plan.layers)}
         kept = [i for i, name in enumerate(plan.layers) if name in rows and i not in changed]
         theirs = [rows[plan.layers[index]] for index in kept]
         self.layers[kept] = old.layers[theirs].to(self.device)
-        means = old.means(old_plan, self.device)
-        self.take_means(
-            plan,
-            {
-                slot.name: means[slot.name]
-                for slot, flag in zip(measured, self.members.flags, strict=True)
-                if flag and slot.name in means and slot.layer in kept
-            },
-        )
+        means = old._newest_means(old_plan).to(self.device)
+        for (first, was), count in _runs(inherited):
+            here, there = plan.slots[first].first_bucket, old_plan.slots[was].first_bucket
+            length = sum(plan.spans[first : first + count])
+            self.sketch[:, here : here + length] = means[there : there + length]
         self.begin_anew(plan, sorted(changed))
 
-    def _inherit_members(self, plan: Plan, old: State, old_plan: Plan) -> set[int]:
-        """Takes over who is a member of which layer; the layers that lost one."""
-        before = {slot.name: i for i, slot in enumerate(old_plan.slots[: old_plan.measured])}
-        left = Counter(
-            old_plan.layers[slot.layer]
-            for slot, flag in zip(old_plan.slots, old.members.flags, strict=False)
-            if flag
-        )
+    def _inherit_members(
+        self, plan: Plan, old: State, old_plan: Plan
+    ) -> tuple[list[tuple[int, int]], set[int]]:
+        """Takes over who is a member of which layer.
+
+        Returns the slots that are, here and there, and the layers that lost one.
+        """
+        members = zip(old_plan.measured_names, old.members.flags, strict=True)
+        lost = {name: index for index, (name, flag) in enumerate(members) if flag}
+        inherited: list[tuple[int, int]] = []
         for index, slot in enumerate(plan.slots[: plan.measured]):
-            was = before.get(slot.name)
-            if was is None or not old.members.flags[was]:
+            was = lost.get(slot.name)
+            if was is None:
                 continue
-            there, layer = old_plan.slots[was], plan.layers[slot.layer]
-            if slot.is_like(there) and layer == old_plan.layers[there.layer]:
+            there = old_plan.slots[was]
+            if slot.is_like(there) and plan.layers[slot.layer] == old_plan.layers[there.layer]:
                 self.members.set(index, old.members.orders[was])
-                left[layer] -= 1
-        return {index for index, name in enumerate(plan.layers) if left[name] > 0}
+                inherited.append((index, was))
+                del lost[slot.name]
+        lacking = {old_plan.layers[old_plan.slots[was].layer] for was in lost.values()}
+        return inherited, {index for index, name in enumerate(plan.layers) if name in lacking}
 
 
-def _parts(plan: Plan, row: Tensor) -> Iterator[tuple[Slot, Tensor]]:
-    """Each measured tensor's buckets in a row of the sketch, without the gaps between them."""
-    measured = plan.slots[: plan.measured]
-    buckets = [slot.buckets for slot in measured]
-    gaps = [span - used for span, used in zip(plan.spans, buckets, strict=True)]
-    sizes = [*chain.from_iterable(zip(buckets, gaps, strict=True)), len(row) - sum(plan.spans)]
-    return zip(measured, row.split(sizes)[:-1:2], strict=True)
+def _runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], int]]:
+    """Pairs of which both numbers grow by one: the first pair, and how many there are."""
+    begin = 0
+    for end in range(1, len(pairs) + 1):
+        here, there = pairs[end - 1]
+        if end == len(pairs) or pairs[end] != (here + 1, there + 1):
+            yield pairs[begin], end - begin
+            begin = end
+
+
+def _places(plan: Plan, wanted: Sequence[bool]) -> Tensor:
+    """Where the buckets of the measured tensors that are wanted are in a row of the sketch.
+
+    bool [sum of the spans], on the CPU; the gaps between tensors are nobody's.
+    """
+    buckets, spans, flags = (
+        torch.tensor(of, device="cpu") for of in (plan.measured_buckets, plan.spans, wanted)
+    )
+    sizes = torch.stack((buckets, spans - buckets), dim=1).flatten()
+    flags = torch.stack((flags, torch.zeros_like(flags)), dim=1).flatten()
+    return flags.repeat_interleave(sizes, output_size=sum(plan.spans))
