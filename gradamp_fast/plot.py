@@ -179,7 +179,13 @@ def _plain_text() -> AbstractContextManager[None]:
         raise ImportError(
             "gradamp_fast.plot needs matplotlib: pip install 'gradamp_fast[viz]'"
         ) from error
-    return rc_context({"text.usetex": False})
+    return rc_context(
+        {
+            "text.usetex": False,
+            "figure.autolayout": False,
+            "figure.constrained_layout.use": False,
+        }
+    )
 
 
 def _canvas(rows: int, columns: int) -> tuple[Figure, Axes, Axes]:
@@ -313,7 +319,7 @@ def _lay_out(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     engine = figure.get_layout_engine()
     assert engine is not None
     engine.execute(figure)
-    figure.set_layout_engine("none")  # the cells have their size from here on
+    figure.set_layout_engine(None)  # the cells have their size, and all is drawn once
     row = axes.get_window_extent().height / len(names)
     apart = max(math.ceil(0.09 * figure.dpi / row), -(-len(names) // ROWS))
     axes.set_yticks(range(0, len(names), apart), names[::apart], parse_math=False)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,16 +71,10 @@ def make_report(snapshot: Snapshot) -> Report:
     values = dict(zip(GLOBAL_FIELDS, state.values[: len(GLOBAL_FIELDS)].tolist(), strict=True))
     step = int(values["step"] + values["unmeasured_steps"])
     skipped = int(values["skipped_steps"] + values["unmeasured_skipped"])
-    fluctuation, direction, score = (
-        values.tolist()
-        for values in (
-            reference.scores(state.layers, "fluctuation"),
-            reference.scores(state.layers, "direction"),
-            reference.chosen_scores(state, rules, reference.last_decision(state, rules)),
-        )
-    )
+    fluctuation = reference.scores(state.layers, "fluctuation")
+    direction = reference.scores(state.layers, "direction")
+    score = reference.chosen_scores(state, rules, reference.last_decision(state, rules))
     factor = reference.active_factor(state, rules, Call())
-    multipliers = reference.multipliers(state, rules, factor).tolist()
     numel = torch.tensor(snapshot.layer_numel, dtype=torch.float64, device="cpu")
     temporal = (state.column("power") - state.column("mean_power")).clamp(min=0.0) / numel
     counted = state.column("amplified_steps")
@@ -88,48 +82,24 @@ def make_report(snapshot: Snapshot) -> Report:
     changes = (state.column("changed_at") * rules.measure_every).clamp(max=step)
     chosen = state.column("selected") != 0
     since = step - changes.where(chosen | (changes != 0), torch.nan)
-    layers = [
-        LayerReport(
-            name=name,
-            numel=size,
-            steps=int(steps),
-            variance=variance,
-            temporal_variance=temporal_variance,
-            fluctuation=f,
-            direction=-d,
-            score=s,
-            selected=selected,
-            factor=multiplier,
-            acts_on="update" if on_update else "gradient",
-            settled=settled,
-            amplified_steps=int(amplified),
-            amplified_share=share,
-            changed_at=int(changed_at),
-            steps_since_change=None if math.isnan(steps_since) else int(steps_since),
-        )
-        for (
-            name, size, steps, variance, temporal_variance, f, d, s, selected, multiplier,
-            on_update, settled, amplified, share, changed_at, steps_since,
-        ) in zip(
-            snapshot.layers,
-            snapshot.layer_numel,
-            state.column("steps").tolist(),
-            state.column("variance").tolist(),
-            temporal.tolist(),
-            fluctuation,
-            direction,
-            score,
-            chosen.tolist(),
-            multipliers,
-            state.column("on_update").tolist(),
-            (state.column("settled") != 0).tolist(),
-            counted.tolist(),
-            shares.tolist(),
-            changes.tolist(),
-            since.tolist(),
-            strict=True,
-        )
-    ]  # fmt: skip
+    layers = _layer_reports(
+        name=snapshot.layers,
+        numel=snapshot.layer_numel,
+        steps=state.column("steps").long().tolist(),
+        variance=state.column("variance").tolist(),
+        temporal_variance=temporal.tolist(),
+        fluctuation=fluctuation.tolist(),
+        direction=(-direction).tolist(),
+        score=score.tolist(),
+        selected=chosen.tolist(),
+        factor=reference.multipliers(state, rules, factor).tolist(),
+        acts_on=["update" if on else "gradient" for on in state.column("on_update").tolist()],
+        settled=(state.column("settled") != 0).tolist(),
+        amplified_steps=counted.long().tolist(),
+        amplified_share=shares.tolist(),
+        changed_at=changes.long().tolist(),
+        steps_since_change=[None if math.isnan(n) else int(n) for n in since.tolist()],
+    )
     return Report(
         layers=tuple(layers),
         threshold=values["threshold"],
@@ -141,6 +111,19 @@ def make_report(snapshot: Snapshot) -> Report:
         select=rules.select,
         grow=rules.grow,
     )
+
+
+def _layer_reports(**columns: Sequence[Any]) -> list[LayerReport]:
+    """One for each layer, of its fields' values for all layers.
+
+    Its own way to be made, field by field as it is frozen, would take most of a report's time.
+    """
+    layers = []
+    for values in zip(*columns.values(), strict=True):
+        layer = object.__new__(LayerReport)
+        layer.__dict__.update(zip(columns, values, strict=True))
+        layers.append(layer)
+    return layers
 
 
 def _mean_direction(layers: Sequence[LayerReport]) -> float:
