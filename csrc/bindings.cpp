@@ -73,11 +73,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("walked"), py::arg("begins_round"), py::arg("decides"), py::arg("update"),
            py::arg("members_known") = false)
       .def("stress",
-           [](Stepper& stepper, int32_t blocks, uint32_t seed, bool cooperative, bool poison) {
-             stepper.stress({blocks, seed, cooperative, poison});
+           [](Stepper& stepper, int32_t blocks, bool cooperative, bool poison) {
+             stepper.stress({blocks, cooperative, poison});
            },
-           py::arg("blocks") = 0, py::arg("seed") = 0, py::arg("cooperative") = true,
-           py::arg("poison") = false,
+           py::arg("blocks") = 0, py::arg("cooperative") = true, py::arg("poison") = false,
            "For tests: what a step on CUDA must not depend on (Stress in csrc/engine.h).")
       .def("step_gradients",
            [](Stepper& stepper, std::vector<std::optional<at::Tensor>> gradients,

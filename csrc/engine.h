@@ -54,7 +54,6 @@ struct StepInputs {
 // For tests: what a step must not depend on. Only engines with something to vary listen.
 struct Stress {
   int32_t blocks = 0;       // of the grid; 0: as many as are useful
-  uint32_t seed = 0;        // of random delays between a tile and its ticket; 0: none
   bool cooperative = true;  // false: two phases are two launches
   bool poison = false;      // the workspace is filled with NaN before each step
 };

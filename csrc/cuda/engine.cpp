@@ -145,10 +145,7 @@ class CudaEngine final : public Engine {
     leave(stream);
   }
 
-  void stress(const Stress& stress) override {
-    stress_ = stress;
-    args_.stress = stress.seed;
-  }
+  void stress(const Stress& stress) override { stress_ = stress; }
 
  private:
   void split_into_launches(int capacity) {
@@ -161,7 +158,7 @@ class CudaEngine final : public Engine {
     const HostTables tables = make_tables(tiling_);
     const auto layers = static_cast<size_t>(tiling_.num_layers);
     const size_t tiles = arena.put(tables.tiles);
-    const size_t first_tile = arena.put(tables.first_tile);
+    const size_t tensors = arena.put(tables.tensors);
     const size_t layer_groups = arena.put(tables.layers);
     const size_t windows =
         arena.put(std::vector<Window>(config.windows, config.windows + config.num_windows));
@@ -179,7 +176,7 @@ class CudaEngine final : public Engine {
     args_.config = config;
     args_.config.windows = arena.at<Window>(windows);
     args_.state = state;
-    args_.tables = {arena.at<Tile>(tiles), arena.at<int32_t>(first_tile),
+    args_.tables = {arena.at<Tile>(tiles), arena.at<MeasuredTensor>(tensors),
                     arena.at<LayerGroups>(layer_groups)};
     args_.work = {arena.at<Sums>(work_begin_),
                   arena.at<Sums>(groups),

@@ -42,13 +42,24 @@ struct BlockGroup {
     const long long mine = butterfly_sum(static_cast<long long>(x));
     return across_warps(mine, reinterpret_cast<long long*>(scratch));
   }
+  __device__ double least(double x) const {
+    for (int mask = 16; mask > 0; mask /= 2) x = fmin(x, __shfl_xor_sync(kAllLanes, x, mask));
+    gather(x, scratch);
+    for (int w = 0; w < kBlockThreads / 32; ++w) x = fmin(x, scratch[w]);
+    __syncthreads();
+    return x;
+  }
   __device__ void barrier() const { __syncthreads(); }
 
  private:
   template <class T>
-  __device__ static T across_warps(T of_warp, T* slots) {
+  __device__ static void gather(T of_warp, T* slots) {
     if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = of_warp;
     __syncthreads();
+  }
+  template <class T>
+  __device__ static T across_warps(T of_warp, T* slots) {
+    gather(of_warp, slots);
     T total = 0;
     for (int w = 0; w < kBlockThreads / 32; ++w) total += slots[w];
     __syncthreads();

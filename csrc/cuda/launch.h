@@ -22,8 +22,8 @@ struct Verdict {
 
 struct Tables {  // on the device, written once
   const Tile* tiles;
-  const int32_t* first_tile;   // [tensors + 1]
-  const LayerGroups* layers;   // [num_layers + 1]
+  const MeasuredTensor* tensors;  // [measured]
+  const LayerGroups* layers;      // [num_layers + 1]
 };
 
 struct Workspace {  // on the device; every step writes what it reads
@@ -49,7 +49,6 @@ struct StepArgs {
   int32_t tensor_begin;        // tensors and tiles of this launch
   int32_t tile_begin;
   int32_t tile_end;
-  uint32_t stress;             // tests only: seed of random delays before tickets, 0 for none
   bool unscale;
   Turn turn;
   bool write_in_first_phase;   // multiplies as it measures

@@ -84,14 +84,6 @@ __device__ inline Sums layer_total(const Sums* groups, int count) {
   return total;
 }
 
-__device__ inline void random_delay(uint32_t seed, int tile) {
-  if (seed == 0) return;
-  const uint32_t wait = sign_word(seed + tile) % 16384;
-  const long long start = clock64();
-  while (clock64() - start < wait) {
-  }
-}
-
 // Publishes a tile's sums, which lane 0 holds; the last warp of a group adds the group up.
 __device__ inline void publish(const StepArgs& a, const Tile& tile, int number,
                                const Sums& sums) {
@@ -99,7 +91,6 @@ __device__ inline void publish(const StepArgs& a, const Tile& tile, int number,
   int last = 0;
   if (lane_index() == 0) {
     w.tiles[number] = sums;
-    random_delay(a.stress, number);
     last = is_last(w.group_tickets + tile.group, tile.group_tiles);
   }
   if (!__shfl_sync(kAllLanes, last, 0)) return;

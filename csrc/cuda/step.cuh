@@ -142,12 +142,13 @@ __device__ inline void conclude(const StepArgs& a) {
                              w.layers[a.num_layers].moments, w.scratch.amplified, block);
   if (counted) {
     for (int t = block.rank(); t < a.measured; t += block.size()) {
-      const int first = a.tables.first_tile[t];
-      if (first == a.tables.first_tile[t + 1] || __ldcg(&w.tiles[first].moments.count) == 0.0)
-        continue;
-      const int layer = a.tables.tiles[first].layer;
-      if (is_measured(a.state.layers[layer], w.layers[layer]))
-        a.state.parity[t] = 1 - a.state.parity[t];
+      const MeasuredTensor tensor = a.tables.tensors[t];
+      const int32_t row = a.state.parity[t];
+      if (tensor.first_tile < 0) continue;
+      // No load waits for another one's result.
+      const bool had_gradient = __ldcg(&w.tiles[tensor.first_tile].moments.count) != 0.0;
+      const bool measured = is_measured(a.state.layers[tensor.layer], w.layers[tensor.layer]);
+      if (had_gradient & measured) a.state.parity[t] = 1 - row;
     }
   }
   if (block.rank() == 0) {

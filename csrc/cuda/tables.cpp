@@ -47,8 +47,10 @@ HostTables make_tables(const Tiling& tiling) {
   const auto layers = static_cast<int32_t>(tiling.num_layers);
   for (int64_t t = 0; t < tiling.num_tensors(); ++t)
     add_tiles(tiling.tensors[t], static_cast<int32_t>(t), layers, tables.tiles);
-  for (int64_t t = 0; t <= tiling.num_tensors(); ++t)
-    tables.first_tile.push_back(tiles_before(tiling, t));
+  for (int64_t t = 0; t < tiling.measured; ++t) {
+    const TensorInfo& tensor = tiling.tensors[t];
+    tables.tensors.push_back({tensor.numel > 0 ? tiles_before(tiling, t) : -1, tensor.layer});
+  }
   for (int64_t l = 0; l <= layers; ++l) {
     const int64_t begin = l == layers ? tiling.measured : tiling.layer_begin[l];
     const int64_t end = l == layers ? tiling.num_tensors() : tiling.layer_begin[l + 1];

@@ -47,9 +47,15 @@ struct LayerGroups {
   int32_t count;  // at most kMaxGroups
 };
 
+// Where a measured tensor's tiles begin, -1 if it has none, and whose it is.
+struct MeasuredTensor {
+  int32_t first_tile;
+  int32_t layer;
+};
+
 struct HostTables {
   std::vector<Tile> tiles;
-  std::vector<int32_t> first_tile;  // [tensors + 1]: the last is the number of tiles
+  std::vector<MeasuredTensor> tensors;
   std::vector<LayerGroups> layers;  // [num_layers + 1]; the last entry is that of the excluded
   int32_t groups;
 };

@@ -1,8 +1,9 @@
 // The rules of a step that concern whole layers: state update, score, threshold,
 // selection, schedule, multiplier. Host and device run this same code; a Group is
 // the threads that run it together (one on the host, a block on the device):
-//   int rank(), size();  double sum(double);  int64_t sum(int64_t);  void barrier();
-// Both sums are deterministic and return the total to every rank.
+//   int rank(), size();  double sum(double);  int64_t sum(int64_t);  double least(double);
+//   void barrier();
+// The sums are deterministic, and every rank gets them, and the least.
 #pragma once
 
 #include "state.h"
@@ -16,6 +17,7 @@ struct SerialGroup {
   int size() const { return 1; }
   double sum(double x) const { return x; }
   int64_t sum(int64_t x) const { return x; }
+  double least(double x) const { return x; }
   void barrier() const {}
 };
 
@@ -43,8 +45,8 @@ GRADAMP_HD void skip_call(const Config& c, GlobalState& g, const Turn& turn) {
 // Whether all members of a layer have a gradient in this step: by their elements, which are whole
 // numbers even where they were added up of parts.
 GRADAMP_HD bool is_measured(const LayerState& s, const Sums& x) {
-  const double count = x.moments.count;
-  return count != 0.0 && (s.member_numel == 0.0 || fabs(count - s.member_numel) < 0.5);
+  const double count = x.moments.count, members = s.member_numel;  // both are loaded at once
+  return (count != 0.0) & ((members == 0.0) | (fabs(count - members) < 0.5));
 }
 
 // Weight of the coming step in every running mean of the layer.
@@ -119,6 +121,22 @@ GRADAMP_HD double kth_smallest(const double* scores, int64_t layers, int64_t k, 
   return from_ordered_bits(answer);
 }
 
+// The one after the k-th smallest, which is `low`; itself if there is none.
+template <class Group>
+GRADAMP_HD double next_smallest(const double* scores, int64_t layers, int64_t k, double low,
+                                Group& group) {
+  int64_t not_above = 0;
+  double least = INFINITY;
+  for (int64_t l = group.rank(); l < layers; l += group.size()) {
+    if (!is_finite(scores[l])) continue;
+    if (scores[l] <= low) ++not_above;
+    else if (scores[l] < least) least = scores[l];
+  }
+  not_above = group.sum(not_above);
+  least = group.least(least);
+  return not_above > k + 1 || least == INFINITY ? low : least;
+}
+
 // Threshold over the finite entries of `scores` (ineligible layers hold NaN); NaN if none.
 template <class Group>
 GRADAMP_HD double threshold(const Config& c, const double* scores, int64_t layers, Group& group) {
@@ -133,8 +151,7 @@ GRADAMP_HD double threshold(const Config& c, const double* scores, int64_t layer
     const double position = c.threshold_value * static_cast<double>(count - 1);
     const int64_t lower = static_cast<int64_t>(position);
     const double low = kth_smallest(scores, layers, lower, group);
-    if (lower + 1 >= count) return low;
-    return low + (position - lower) * (kth_smallest(scores, layers, lower + 1, group) - low);
+    return low + (position - lower) * (next_smallest(scores, layers, lower, low, group) - low);
   }
   const double mean = group.sum(total) / static_cast<double>(count);
   if (c.threshold == Threshold::kMean) return mean;

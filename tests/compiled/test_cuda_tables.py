@@ -53,7 +53,11 @@ def check(planned: dict[str, Any], layers: int, tensors: Tensors) -> None:
     """Every tile has one tensor and one group of its own layer, in order, without gaps."""
     tiles = [tiles_of(numel) for _, numel in tensors]
     first_tile = [0, *accumulate(tiles)]
-    assert planned["first_tile"] == first_tile
+    assert planned["measured"] == [
+        [begin if numel else -1, layer]
+        for begin, (layer, numel) in zip(first_tile, tensors, strict=False)
+        if layer >= 0
+    ]
     of_layer = [0] * (layers + 1)
     for (layer, _), count in zip(tensors, tiles, strict=True):
         of_layer[layer] += count  # -1, the excluded ones, is the last entry

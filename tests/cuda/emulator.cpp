@@ -174,7 +174,7 @@ int emulated_step(void* engine, void* const* gradients, const int32_t* dtypes,
   const UpdateInputs update = {updated, groups, num_groups};
   seed = random;
   return succeeds([&] {
-    e.stress({blocks, random, cooperative != 0, true});
+    e.stress({blocks, cooperative != 0, true});
     e.step({gradients, reinterpret_cast<const DType*>(dtypes), grad_scale, found_inf, unscale != 0,
             {begins_round != 0, decides != 0}, written, sums, updated ? &update : nullptr});
   });

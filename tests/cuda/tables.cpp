@@ -30,9 +30,9 @@ int main(int argc, char** argv) {
   std::printf("{\"groups\": %d, \"layers\": [", tables.groups);
   for (size_t l = 0; l < tables.layers.size(); ++l)
     std::printf("%s[%d, %d]", l ? ", " : "", tables.layers[l].begin, tables.layers[l].count);
-  std::printf("], \"first_tile\": [");
-  for (size_t t = 0; t < tables.first_tile.size(); ++t)
-    std::printf("%s%d", t ? ", " : "", tables.first_tile[t]);
+  std::printf("], \"measured\": [");
+  for (size_t t = 0; t < tables.tensors.size(); ++t)
+    std::printf("%s[%d, %d]", t ? ", " : "", tables.tensors[t].first_tile, tables.tensors[t].layer);
   std::printf("], \"tiles\": [");
   for (size_t i = 0; i < tables.tiles.size() && i < 4096; ++i) {
     const Tile& t = tables.tiles[i];

@@ -60,7 +60,6 @@ void fence(uint32_t* ticket) {
   if (kOrder == std::memory_order_acq_rel)
     std::atomic_ref<uint32_t>(*ticket).load(std::memory_order_acquire);
 }
-long long clock();
 
 template <class T>
 T shuffle(T value, int source) {
@@ -115,7 +114,6 @@ template <class T>
 T __ldcg(const T* p) {
   return *p;
 }
-inline long long clock64() { return emulator::clock(); }
 inline float __uint_as_float(uint32_t x) { return emulator::bits<float>(x); }
 inline uint32_t __float_as_uint(float x) { return emulator::bits<uint32_t>(x); }
 inline double __hiloint2double(int high, int low) {
