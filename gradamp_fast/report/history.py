@@ -15,7 +15,7 @@ LIMIT = 512  # entries; even, since every second one is let go
 class History(Sequence[Report]):
     """What ``Amplifier.record`` kept, oldest first.
 
-    Holds at most 512 entries of 112 bytes a layer, on the host. When it is full every second
+    Holds at most 512 entries of 120 bytes a layer, on the host. When it is full every second
     entry is let go, and from then on only every second call adds one: it covers the whole run,
     evenly, at half the resolution.
     """
