@@ -8,6 +8,7 @@
 #if defined(GRADAMP_WITH_CUDA)
 #include "cuda/engine.h"
 #endif
+#include "gradients.h"
 #include "rules/decide.h"
 #include "stepper.h"
 
@@ -37,6 +38,7 @@ py::tuple names(const std::vector<std::string>& list) { return py::tuple(py::cas
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  using gradamp::KnownGradients;
   using gradamp::Stepper;
   using gradamp::Updater;
   m.doc() = "Compiled backends of gradamp_fast: the step on the CPU and, where built, on CUDA.";
@@ -50,6 +52,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_unavailable", &cuda_unavailable, py::arg("index"),
         "Why the CUDA kernels cannot run on that GPU (-1: the current one), with the fix; None if "
         "they can.");
+  py::class_<KnownGradients>(m, "KnownGradients")
+      .def(py::init<std::vector<py::object>, const std::vector<std::optional<at::Tensor>>&,
+                    std::vector<int64_t>, bool>(),
+           py::arg("parameters"), py::arg("gradients"), py::arg("tags"), py::arg("frozen_too"))
+      .def("read", &KnownGradients::read, py::arg("only"), py::arg("apart"));
   py::class_<Updater>(m, "Updater")
       .def(py::init<std::vector<int32_t>>(), py::arg("groups"))
       .def("begin", &Updater::begin, py::arg("state"), py::arg("counts"), py::arg("hypers"));

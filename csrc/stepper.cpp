@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/engine.h"
+#include "gradients.h"
 #if defined(GRADAMP_WITH_CUDA)
 #include "cuda/engine.h"
 #endif
@@ -101,13 +102,6 @@ std::optional<DType> dtype_of(const at::Tensor& tensor) {
     default:
       return std::nullopt;
   }
-}
-
-bool is_subclass(const at::Tensor& tensor) {
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (impl->is_python_dispatch()) return true;
-  PyObject* object = impl->pyobj_slot()->load_pyobj();
-  return object && !THPVariable_CheckExact(object);
 }
 
 }  // namespace
@@ -225,14 +219,7 @@ Outcome Stepper::collect(const char* only, bool walked, Updater* update) {
 
 bool Stepper::overlap() {
   if (addresses_ == apart_) return false;
-  std::vector<std::pair<const char*, size_t>> stretches;
-  for (const at::Tensor& gradient : gradients_)
-    if (gradient.defined() && gradient.numel() > 0)
-      stretches.emplace_back(static_cast<const char*>(gradient.const_data_ptr()),
-                             gradient.nbytes());
-  std::sort(stretches.begin(), stretches.end());
-  for (size_t i = 1; i < stretches.size(); ++i)
-    if (stretches[i - 1].first + stretches[i - 1].second > stretches[i].first) return true;
+  if (share_memory(gradients_)) return true;
   apart_ = addresses_;
   return false;
 }

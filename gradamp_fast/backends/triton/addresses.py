@@ -1,13 +1,15 @@
-"""Reads the gradients, in Python, as words for the kernel."""
+"""Reads the gradients as words for the kernel."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ... import _extension
 from ...call import Call, Outcome, Updated
 from ...model.gradients import DTYPES, GradientReader
 from ...model.plan import Plan
@@ -19,13 +21,61 @@ DTYPE_BITS = {dtype: 1 << code for code, dtype in enumerate(DTYPES)}
 TAGS = {dtype: code << DTYPE_SHIFT.value for code, dtype in enumerate(DTYPES)}
 
 
-class _Known(NamedTuple):
-    """A gradient that the reader accepted as it was."""
+class KnownGradients:
+    """Gradients that the reader looked at closely and accepted.
 
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    tag: int
+    Those that come later are not looked at again if they are as these were, but for their
+    addresses. The extension, where there is one, has the same in C++ (csrc/gradients.h), a tenth
+    as long.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor | None],
+        tags: Sequence[int],
+        frozen_too: bool,
+    ) -> None:
+        self._parameters, self._tags, self._frozen_too = parameters, tags, frozen_too
+        self._known = [
+            None if g is None else (g.dtype, g.device, g.shape, g.stride()) for g in gradients
+        ]
+        self._apart: list[int] = []
+
+    def read(self, only: bytes | None, apart: bool) -> tuple[list[int], list[Tensor]] | None:
+        """A word for each parameter, and the gradients there are; None where one is not as it was.
+
+        ``apart``: None, too, where two share memory.
+        """
+        words: list[int] = []
+        gradients: list[Tensor] = []
+        for index, (parameter, known) in enumerate(zip(self._parameters, self._known, strict=True)):
+            gradient = parameter.grad
+            if known is None:
+                if gradient is not None and (only is None or only[index]):
+                    return None
+                words.append(0)
+                continue
+            if (
+                gradient is None
+                or not (parameter.requires_grad or self._frozen_too)
+                or type(gradient) is not Tensor
+                or gradient.layout is not torch.strided
+                or (gradient.dtype, gradient.device, gradient.shape, gradient.stride()) != known
+                or gradient.is_neg()
+                or gradient.is_conj()
+                or gradient.is_inference()
+            ):
+                return None
+            gradients.append(gradient)
+            tag = self._tags[index]
+            words.append(0 if tag < 0 else gradient.data_ptr() | tag)
+        if apart and words != self._apart:
+            ends = sorted((g.data_ptr(), g.data_ptr() + g.nbytes) for g in gradients if g.numel())
+            if any(end > begin for (_, end), (begin, _) in pairwise(ends)):
+                return None
+            self._apart = words
+        return words, gradients
 
 
 class GradientAddresses:
@@ -47,10 +97,10 @@ class GradientAddresses:
         self._gradients: list[Tensor] = []  # that were read last, until they are written
         self.dtypes = 0  # a bit for each that was ever there
         self._parameters = [slot.parameter for slot in plan.slots]
-        self._empty = [slot.numel == 0 for slot in plan.slots]
         self._watched: tuple[Parameter, ...] = plan.watched
         self._only: bytes | None = None
-        self._known: list[_Known | None] | None = None  # of each parameter; None: no gradient
+        self._known: KnownGradients | None = None
+        self._present: list[bool] = []  # which parameters had a gradient that was read
         self._restored = 0
         # Where there is no layer the step is an optimizer's alone: the reader says what then.
         self._frozen_too = not plan.layers
@@ -82,12 +132,11 @@ class GradientAddresses:
     def updated(self, call: Call) -> list[Updated | None]:
         """What the call's optimizer updates by the gradients that were read last."""
         assert call.update is not None
-        known = self._known
-        if self.fresh or known is None:
+        if self.fresh:
             return self.reader.updated(call) or []
         gradients = [
-            None if of is None else parameter.grad
-            for parameter, of in zip(self._parameters, known, strict=True)
+            parameter.grad if present else None
+            for parameter, present in zip(self._parameters, self._present, strict=True)
         ]
         names = [slot.name for slot in self.plan.slots]
         return call.update.tensors(names, self._parameters, gradients)
@@ -106,20 +155,25 @@ class GradientAddresses:
         self.reader.write_back(call)
 
     def _learn(self, only: bytes | None, flat: list[Tensor | None]) -> None:
-        known: list[_Known | None] = []
+        gradients: list[Tensor | None] = []
+        tags: list[int] = []
         for parameter, view in zip(self._parameters, flat, strict=True):
             gradient = parameter.grad
             if gradient is not None and gradient.layout != torch.strided:
                 return  # the reader takes care of what is sparse
             if view is None or gradient is None:
-                known.append(None)
+                gradients.append(None)
+                tags.append(-1)
             elif view.data_ptr() == gradient.data_ptr():
-                tag = TAGS[view.dtype]
-                known.append(_Known(gradient.dtype, gradient.shape, gradient.stride(), tag))
+                gradients.append(gradient)
+                tags.append(TAGS[view.dtype] if view.numel() > 0 else -1)
             else:  # a copy: it is the reader that writes it back
                 return
-        self._only, self._known = only, known
-        self._restored = self.members.restored
+        extension = _extension.load()
+        kind = KnownGradients if extension is None else extension.KnownGradients
+        self._known = kind(self._parameters, gradients, tags, self._frozen_too)
+        self._present = [gradient is not None for gradient in gradients]
+        self._only, self._restored = only, self.members.restored
 
     def _as_before(self, call: Call) -> bool:
         only = call.only
@@ -127,32 +181,8 @@ class GradientAddresses:
             return False
         if any(parameter.requires_grad for parameter in self._watched):
             return False
-        words: list[int] = []
-        gradients: list[Tensor] = []
-        for index, (parameter, known) in enumerate(zip(self._parameters, self._known, strict=True)):
-            gradient = parameter.grad
-            if known is None:
-                if gradient is not None and (only is None or only[index]):
-                    return False
-                words.append(0)
-            elif (
-                gradient is None
-                or not (parameter.requires_grad or self._frozen_too)
-                or type(gradient) is not Tensor
-                or gradient.dtype is not known.dtype
-                or gradient.shape != known.shape
-                or gradient.layout is not torch.strided
-                or gradient.stride() != known.stride
-                or gradient.device != self.device
-                or gradient.is_neg()
-                or gradient.is_conj()
-                or gradient.is_inference()
-            ):
-                return False
-            else:
-                gradients.append(gradient)
-                words.append(0 if self._empty[index] else gradient.data_ptr() | known.tag)
-        if words != self.words and call.update is None:
-            self.reader.refuse_shared_memory([parameter.grad for parameter in self._parameters])
-        self.words, self._gradients = words, gradients
+        found = self._known.read(only, call.update is None)
+        if found is None:
+            return False
+        self.words, self._gradients = found
         return True
