@@ -25,8 +25,8 @@ class KnownGradients:
     """Gradients that the reader looked at closely and accepted.
 
     Those that come later are not looked at again if they are as these were, but for their
-    addresses. The extension, where there is one, has the same in C++ (csrc/gradients.h), a tenth
-    as long.
+    addresses. The extension, where there is one, has the same in C++ (csrc/gradients.h), and takes
+    a tenth of the time.
     """
 
     def __init__(
