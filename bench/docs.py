@@ -59,6 +59,16 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(headings) + " |", ruler, *lines, ""]
 
 
+def with_lines(page: str, name: str, lines: Iterable[str]) -> str:
+    """The page with these lines between ``<!-- NAME -->`` and ``<!-- end -->``."""
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
+    before, _, rest = page.partition(begin)
+    after = rest.partition(end)[2]
+    if not after:
+        raise ValueError(f"the page holds no {begin.strip()} followed by {end}")
+    return f"{before}{begin}\n{chr(10).join(lines)}\n{end}{after}"
+
+
 def _device(results: Results) -> str:
     return "GPU" if results.machine["device"] == "cuda" else "CPU"
 

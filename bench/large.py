@@ -1,7 +1,8 @@
-"""The host's cost a layer in a model of very many: `python -m bench.large [LAYERS]`.
+"""The host's cost a layer in a model of very many: `python -m bench.large [PAGE]`.
 
 Times what walks the model or reads the state; a step is timed elsewhere. Nothing is printed for a
-call whose result is not what it should be.
+call whose result is not what it should be. With a page, writes the table between
+``<!-- large -->`` and ``<!-- end -->`` there.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from bench.docs import table, with_lines
 from gradamp_fast import Amplifier
 
 LAYERS = 16_000
@@ -85,6 +88,10 @@ def microseconds(layers: int, repeats: int = REPEATS) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else LAYERS
-    for what, took in microseconds(number).items():
-        print(f"{what:<28} {took:6.2f} us a layer")
+    rows = [(what, f"{took:.1f} µs") for what, took in microseconds(LAYERS).items()]
+    lines = table(("call", "a layer"), rows)
+    if len(sys.argv) > 1:
+        page = Path(sys.argv[1])
+        page.write_text(with_lines(page.read_text(), "large", lines))
+    else:
+        print(*lines, sep="\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench.docs import table
+from bench.docs import table, with_lines
 from gradamp_fast.model.walk import find_layers
 from gradamp_fast.options import Options
 from gradamp_fast.reference.state import State
@@ -22,7 +22,6 @@ MODELS = (
     *("efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x1_0"),
     "densenet121",
 )
-BEGIN, END = "<!-- state size -->\n", "<!-- end -->"
 
 
 def sizes(model: str) -> tuple[int, int, int]:
@@ -52,12 +51,11 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 def page_with_table(text: str) -> str:
     """The page with the table as it is now."""
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    if not after:
-        raise ValueError(f"the page holds no {BEGIN.strip()} followed by {END}")
-    lines = table(("model", "layers", "gradients, fp32", "state", "share"), rows())
-    return f"{before}{BEGIN}\n{chr(10).join(lines)}\n{END}{after}"
+    return with_lines(text, "state size", lines())
+
+
+def lines() -> list[str]:
+    return table(("model", "layers", "gradients, fp32", "state", "share"), rows())
 
 
 if __name__ == "__main__":
@@ -65,4 +63,4 @@ if __name__ == "__main__":
         page = Path(sys.argv[1])
         page.write_text(page_with_table(page.read_text()))
     else:
-        print(*table(("model", "layers", "gradients, fp32", "state", "share"), rows()), sep="\n")
+        print(*lines(), sep="\n")
