@@ -16,6 +16,7 @@ from cuda.emulated import EmulatedBackend
 from parts import CUTS, check_left_alone, check_parts
 from test_grow import GROW, WAYS, Course
 from test_grow import SHAPES as COURSE
+from test_step import check_quantile
 
 from gradamp_fast import backends
 
@@ -69,6 +70,11 @@ def test_against_the_oracle(emulated: Any, options: dict, dtype: Any) -> None:
     for seed in range(4):
         emulated.seed = seed
         twin.step(stream.next())
+
+
+@pytest.mark.parametrize("position", [148.5, 149.5])
+def test_quantiles_of_many_scores(position: float) -> None:
+    check_quantile(HERE, position)
 
 
 @pytest.mark.parametrize("timing", ["lagged", "exact"])

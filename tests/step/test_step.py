@@ -107,6 +107,40 @@ def test_lagged_uses_the_selection_that_stood(place: Place) -> None:
     assert first == {"exact": 3, "lagged": 4}
 
 
+def check_quantile(place: Place, position: float) -> None:
+    """The quantile of 300 scores, three of each kind in far layers, at a place in their order."""
+    count = 300
+    kinds = [i * 7 % count // 3 for i in range(count)]
+    model = bare({f"m{i}.w": (2,) for i in range(count)}, device=place.device)
+    sizes = [2.0 ** (kind / 16) for kind in kinds]
+    put(
+        model,
+        {
+            f"m{i}.w": torch.tensor([size, -size], device=place.device)
+            for i, size in enumerate(sizes)
+        },
+    )
+    amplifier = place.amplifier(
+        model,
+        measure="variance",
+        threshold="quantile",
+        quantile=position / (count - 1),
+        min_steps=1,
+        refresh=1,
+    )
+    amplifier.step()
+    report = amplifier.report()
+    scores = sorted(layer.score for layer in report.layers)
+    low, high = scores[int(position)], scores[int(position) + 1]
+    assert report.threshold == pytest.approx(low + position % 1 * (high - low), abs=1e-9)
+
+
+@pytest.mark.parametrize("position", [147.5, 148.5, 149.5, 298.5])
+def test_quantiles_of_many_scores(place: Place, position: float) -> None:
+    """Between equal ones, and between those of layers that are far from each other."""
+    check_quantile(place, position)
+
+
 def test_selection_stands_between_decisions(place: Place) -> None:
     model = bare(NARROW, device=place.device)
     twin = Twin(model, place, min_steps=2, refresh=4, decay=0.3)
