@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import re
 import sys
 from collections.abc import Mapping
@@ -17,11 +18,20 @@ _FOLDER = Path(__file__).parent
 _BUILD_INFO = re.compile(rb"gradamp_fast build \{\n(.*?)\n\}", re.DOTALL)
 
 
-def _binary() -> Path | None:
+def _binary(folder: Path | None = None) -> Path | None:
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        if (path := _FOLDER / f"_C{suffix}").is_file():
+        if (path := (folder or _FOLDER) / f"_C{suffix}").is_file():
             return path
     return None
+
+
+def _passed_over() -> Path | None:
+    """The folder of a gradamp_fast with a binary behind this one on Python's path.
+
+    So it is where Python runs in a clone and the package was installed elsewhere.
+    """
+    folders = (Path(entry, "gradamp_fast") for entry in sys.path)
+    return next((folder for folder in folders if folder != _FOLDER and _binary(folder)), None)
 
 
 def built_with() -> dict[str, str]:
@@ -39,7 +49,11 @@ def built_with() -> dict[str, str]:
 
 
 def _rebuild_command() -> str:
-    pip = f"{sys.executable} -m pip install --no-build-isolation --no-deps"
+    # Without these pip has to fetch them, which it does in isolation alone.
+    tools = ("setuptools", "cmake", "ninja", "pybind11")
+    at_hand = all(importlib.util.find_spec(tool) for tool in tools)
+    isolation = " --no-build-isolation" if at_hand else ""
+    pip = f"{sys.executable} -m pip install{isolation} --no-deps"
     source = _FOLDER.parent
     if (source / "setup.py").is_file() and (source / "CMakeLists.txt").is_file():
         return f"{pip} -e {source}"
@@ -52,6 +66,12 @@ def _minor(version: str) -> list[str]:
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
+    if _binary() is None and (other := _passed_over()):
+        return None, (
+            f"Python found the sources in {_FOLDER}, which hold no compiled extension, before the "
+            f"installed gradamp_fast in {other}: run it in another folder than {_FOLDER.parent}, "
+            f"or install from there so that the sources are used: {_rebuild_command()}"
+        )
     if _binary() is None:
         return None, (
             f"gradamp_fast has no compiled extension for Python {sys.version.split()[0]} in "

@@ -64,10 +64,15 @@ def test_version_stands_in_one_place():
 # ---- loading the binary ---------------------------------------------------------------
 
 
+def without_packages(path: list[str]) -> list[str]:
+    return [entry for entry in path if not Path(entry, "gradamp_fast").is_dir()]
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in which the extension is looked for."""
+    """An empty folder in which the extension is looked for, and nowhere else."""
     monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "path", without_packages(sys.path))
     _extension._load.cache_clear()
     yield tmp_path
     _extension._load.cache_clear()
@@ -88,6 +93,30 @@ def test_missing_binary_is_told_with_the_command_that_builds_it(folder: Path):
     assert _extension.built_with() == {}
     assert "no compiled extension" in _extension.reason()
     assert f"{sys.executable} -m pip install --no-build-isolation" in _extension.reason()
+
+
+def test_without_build_tools_the_command_lets_pip_fetch_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "pybind11" else found(name)
+    )
+    assert f"{sys.executable} -m pip install --no-deps" in _extension.reason()
+
+
+def test_an_installed_package_behind_the_sources_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As in a clone after ``pip install .``."""
+    site = tmp_path / "site-packages"
+    (site / "gradamp_fast").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site)])
+    assert "it was installed without a C++ compiler" in _extension.reason()
+    _extension._load.cache_clear()
+    put_binary(site / "gradamp_fast", torch.__version__)
+    assert f"before the installed gradamp_fast in {site / 'gradamp_fast'}" in _extension.reason()
+    assert f"run it in another folder than {tmp_path.parent}" in _extension.reason()
 
 
 @pytest.mark.parametrize("then", ["1.13.0+cu117", "2.1.0", "unknown"])

@@ -185,6 +185,13 @@ def built_for_another_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> st
 
 def without_binary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str | None:
     monkeypatch.setattr(_extension, "_FOLDER", folder)
+    monkeypatch.setattr(_extension, "_passed_over", lambda: None)
+    return _extension._load.__wrapped__()[1]
+
+
+def behind_the_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    monkeypatch.setattr(_extension, "_FOLDER", folder)
+    monkeypatch.setattr(_extension, "_passed_over", lambda: folder / "installed")
     return _extension._load.__wrapped__()[1]
 
 
@@ -282,6 +289,7 @@ def cut_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 ELSEWHERE: dict[str, Callable[[Path, pytest.MonkeyPatch], str | None]] = {
     "It was built for another torch": built_for_another_torch,
     "There is no compiled extension": without_binary,
+    "The sources stand before the installed package": behind_the_sources,
     "torch was not found while building": without_torch,
     "No nvcc": without_nvcc,
     "An unknown architecture": unknown_architecture,
