@@ -11,6 +11,7 @@ from statistics import mean
 
 from bench.accuracy import statistics
 from bench.accuracy.grow_runs import Row
+from bench.accuracy.lines import every, provenance
 from bench.docs import table as markdown
 
 _PART = re.compile(r"(<!-- grow: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -100,12 +101,12 @@ def table_part(rows: Sequence[Row]) -> str:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    def every(name: str) -> str:
-        return ", ".join(str(v) for v in sorted({getattr(row, name) for row in rows}))
-
+    seeds, batch, steps, schedule = (
+        every(rows, name) for name in ("seed", "batch", "steps", "schedule")
+    )
     return (
-        f"{len(rows)} runs, seeds {every('seed')}; batches of {every('batch')}, {every('steps')} "
-        f"steps, {every('schedule')}; {every('device')}, torch {every('torch')}, {every('commit')}."
+        f"{len(rows)} runs, seeds {seeds}; batches of {batch}, {steps} steps, {schedule}; "
+        f"{provenance(rows)}."
     )
 
 

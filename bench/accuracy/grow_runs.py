@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import gradamp_fast
 from bench.accuracy.data import Data, load
 from bench.accuracy.grow_nets import NETWORKS
-from bench.accuracy.lines import read_records
+from bench.accuracy.lines import part, read_records
 from bench.accuracy.small_runs import grown
 
 WARM_UP = 0.1  # share of the steps
@@ -76,7 +76,7 @@ class Row(Run):
 
     @property
     def run(self) -> Run:
-        return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
+        return part(Run, self)
 
 
 def read(path: Path) -> list[Row]:

@@ -23,6 +23,7 @@ from bench.accuracy import (
 )
 from bench.accuracy.growth_findings import corrected, findings
 from bench.accuracy.growth_stages import TIMES, Growth, name_of
+from bench.accuracy.lines import provenance
 from bench.accuracy.report import percent
 from bench.accuracy.runs import Row
 from bench.accuracy.stages import Job, NotReady
@@ -169,13 +170,6 @@ def amplified(rows: Sequence[Row]) -> str:
     if not factors:
         return ""
     return f"by {min(factors):.1f} to {max(factors):.1f}, {settled:.0%} settled"
-
-
-def provenance(rows: Sequence[Row]) -> str:
-    def every(name: str) -> str:
-        return ", ".join(sorted({getattr(row, name) for row in rows}))
-
-    return f"{every('device')}, torch {every('torch')}, {every('commit')}"
 
 
 def contrasts(found: Mapping[tuple[str, str], Interval | None]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from statistics import fmean, median
 
 from bench.accuracy import small_runs, statistics
 from bench.accuracy.language_runs import BATCH, CONTEXT, STEPS, Row, Run, execute
-from bench.accuracy.lines import read_records
+from bench.accuracy.lines import provenance, read_records
 from bench.accuracy.statistics import Interval
 from bench.docs import table
 
@@ -92,7 +92,8 @@ def part(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         f"{len(fresh)} of {len(arms(rate))} runs on fresh seeds: {STEPS} steps of {BATCH} x "
         f"{CONTEXT} characters out of {fresh[0].characters:,}; the best plain rate is {rate:g}. "
-        f"The median run took {median(row.seconds for row in fresh):.0f} s. {_provenance(fresh)}."
+        f"The median run took {median(row.seconds for row in fresh):.0f} s on one thread. "
+        f"{provenance(fresh)}."
     )
     yield ""
     yield from table(
@@ -132,13 +133,6 @@ def _line(rows: Sequence[Row], rate: float, times: float, grow: bool) -> tuple[s
 def _numbers(interval: Interval, sign: str = "") -> str:
     centre, low, high = (f"{x:{sign}.3f}" for x in (interval.value, interval.low, interval.high))
     return f"{centre} [{low}, {high}]"
-
-
-def _provenance(rows: Sequence[Row]) -> str:
-    def every(name: str) -> str:
-        return ", ".join(sorted({getattr(row, name) for row in rows}))
-
-    return f"{every('device')}, one thread, torch {every('torch')}, {every('commit')}"
 
 
 def told(row: Row) -> str:

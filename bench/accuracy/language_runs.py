@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import gradamp_fast
 from bench.accuracy.grow_runs import SCHEDULES
+from bench.accuracy.lines import part
 from bench.accuracy.small_runs import grown
 from bench.whole_step import SmallGPT
 
@@ -62,7 +63,7 @@ class Row(Run):
 
     @property
     def run(self) -> Run:
-        return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
+        return part(Run, self)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,22 @@ _READ: dict[str, Callable[[str], Any]] = {
     "int": int,
     "str": str,
 }
+
+
+def part(kind: type[T], record: object) -> T:
+    """What another dataclass says of a record, which has all its fields."""
+    return kind(**{f.name: getattr(record, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+
+
+def every(records: Iterable[object], name: str) -> str:
+    """The values of a column, each once, in order."""
+    return ", ".join(map(str, sorted({getattr(record, name) for record in records})))
+
+
+def provenance(records: Sequence[object]) -> str:
+    """Machines, torch versions and commits."""
+    device, torch, commit = (every(records, name) for name in ("device", "torch", "commit"))
+    return f"{device}, torch {torch}, {commit}"
 
 
 def read_records(path: Path, kind: type[T]) -> list[T]:

@@ -14,7 +14,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.accuracy import models, small_runs, thermometer_report
 from bench.accuracy.data import DataMissing, load
-from bench.accuracy.lines import read_records
+from bench.accuracy.lines import part, read_records
 from gradamp_fast import Amplifier, Schedule
 
 OUT = Path(__file__).parent.parent / "results" / "accuracy" / "thermometer"
@@ -90,7 +90,7 @@ class Row(Run):
 
     @property
     def run(self) -> Run:
-        return Run(**{f.name: getattr(self, f.name) for f in fields(Run)})
+        return part(Run, self)
 
 
 def wanted() -> Iterator[Run]:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bench.accuracy.lines import every, provenance
 from bench.docs import table
 
 if TYPE_CHECKING:
@@ -129,12 +130,9 @@ def part(rows: Sequence[Row]) -> list[str]:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    def every(name: str) -> str:
-        return ", ".join(str(v) for v in sorted({getattr(row, name) for row in rows}))
-
     return (
-        f"{len(rows)} runs of {every('steps')} steps, seeds {every('seed')}; {every('device')}, "
-        f"torch {every('torch')}, {every('commit')}."
+        f"{len(rows)} runs of {every(rows, 'steps')} steps, seeds {every(rows, 'seed')}; "
+        f"{provenance(rows)}."
     )
 
 
