@@ -34,6 +34,13 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return compiled(compiler, tmp_path_factory.mktemp("emulated"))
 
 
+@pytest.fixture
+def alone_too(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no amplifier takes part in is updated by the place's backend as well."""
+    if "place" in request.fixturenames:
+        monkeypatch.setenv("GRADAMP_BACKEND", request.getfixturevalue("place").backend)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", choices=("cpu", "cuda"), help="test backends on this device only (default: all)"
@@ -82,7 +89,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not any(map(item.get_closest_marker, absent()))]
     # What takes long comes first: a worker that began it last would be waited for.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=seconds, reverse=True)
+
+
+def seconds(item: pytest.Item) -> float:
+    """About how long a test takes; ``slow`` says it where that is minutes."""
+    slow = item.get_closest_marker("slow")
+    return slow.kwargs.get("seconds", 1.0) if slow else 0.0
 
 
 def pytest_terminal_summary(

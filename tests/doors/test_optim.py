@@ -18,6 +18,7 @@ from torch.nn import Parameter
 import gradamp_fast
 from gradamp_fast import optim
 
+pytestmark = pytest.mark.usefixtures("alone_too")
 optim_db = torchs_optimizer_cases()
 
 KINDS = [optim.SGD, optim.Adam, optim.AdamW]
@@ -28,13 +29,6 @@ BOTH: list[tuple[Any, dict[str, Any]]] = [
 ]
 both = pytest.mark.parametrize(("kind", "options"), BOTH, ids=["SGD", "AdamW"])
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-
-
-@pytest.fixture(autouse=True)
-def alone_too(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no amplifier takes part in is updated by the place's backend as well."""
-    if "place" in request.fixturenames:
-        monkeypatch.setenv("GRADAMP_BACKEND", request.getfixturevalue("place").backend)
 
 
 def theirs(kind: type[torch.optim.Optimizer]) -> Any:

@@ -39,8 +39,8 @@ def version(module: Any) -> tuple[int, ...]:
 
 
 @outside
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_triton.py", "test_triton_update.py"])
+@pytest.mark.slow(seconds=200)
+@pytest.mark.parametrize("name", ["test_triton_update.py", "test_triton.py"])
 def test_in_the_interpreter(name: str) -> None:
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     if version(triton) < (3, 8) and version(numpy) >= (2, 4):
