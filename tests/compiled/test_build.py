@@ -305,6 +305,16 @@ def test_nvcc_with_a_launcher_and_flags(tmp_path: Path):
     assert re.search(r"FLAGS = .*-lineinfo", edges)
 
 
+def test_a_build_elsewhere_leaves_the_sources_alone(tmp_path: Path):
+    """What they link to for editors would be gone with it."""
+    link = ROOT / "compile_commands.json"
+    before = os.readlink(link) if link.is_symlink() else None
+    done = configure(tmp_path / "build", GRADAMP_CUDA="0")
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "build" / "compile_commands.json").is_file()
+    assert (os.readlink(link) if link.is_symlink() else None) == before
+
+
 def test_instruction_sets_share_no_code():
     """The linker keeps one copy of a weak function: an AVX-512 one would crash older machines."""
     objects = list(ROOT.glob("build/cmake-*/CMakeFiles/tile_*.dir/csrc/cpu/*.o"))
@@ -362,7 +372,7 @@ def test_source_distribution_is_complete_and_installs_without_a_compiler(tmp_pat
     # Also what other tests may write at this moment.
     ignore = shutil.ignore_patterns(
         *(".*cache", ".git", ".hypothesis", ".venv*", "__pycache__"),
-        *("build", "data", "dist", "out", "*.egg-info"),
+        *("build", "data", "dist", "out", "*.egg-info", "compile_commands.json"),
     )
     shutil.copytree(ROOT, copy, ignore=ignore)
     built = run(
