@@ -22,7 +22,9 @@ from ..stepping import Backend
 
 
 class TritonBackend(Backend):
-    """The fused step without a compiler of C++ or CUDA; reads the gradients in Python.
+    """The fused step without a compiler of C++ or CUDA.
+
+    The gradients are read in Python, or by the extension where there is one.
 
     Captured in a CUDA graph, a step copies the table of addresses from memory that the backend
     owns: the backend must live as long as the graph.
