@@ -175,8 +175,8 @@ def make_plan(members: Sequence[Member], watched: Iterable[Parameter]) -> Plan:
         total = parameter.numel() * reals
         numel = total if shard is None else local(parameter).numel() * reals
         number, log2 = index.get(layer, -1), bucket_log2(total)
-        # By place: by name it would take three times as long.
         first = next_bucket if number >= 0 else 0
+        # By place: by name it would take three times as long.
         slot = Slot(name, parameter, number, numel, total, log2, first, shard)
         slots.append(slot)
         if number < 0:
